@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help env demo test lint docs lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+env: $(STAMP)  ## the environment, in .venv
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: env  ## make a small catalog, score it, print the table
+	$(BIN)/python -m jobs.demo
+
+test: env lint  ## lint, types, and every test that protects a promise
+	$(BIN)/python -m pytest -q
+
+lint: env  ## ruff and mypy --strict
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: env  ## rewrite the generated reference pages
+	$(BIN)/python -m jobs.docs
+
+lock:  ## pin every dependency for Python 3.11 to 3.13 (needs uv)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
+	  --extra dev --extra hub pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,98 @@
+"""What a run says while it works: a live line on a terminal, log lines elsewhere, or JSON."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+
+_LINE_EVERY_S = 10.0
+_FAILURES_SHOWN = 20
+
+
+class Events:
+    """Receives the events of a run; as JSON, one object per line on stdout and no prose."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=True, highlight=False)
+        self.status: Status | None = None
+        self.last_line = 0.0
+        self.started = time.monotonic()
+        self.failures = 0
+
+    def __call__(self, name: str, **fields: Any) -> None:
+        """One event: see docs/events.md."""
+        if self.as_json:
+            print(json.dumps({"event": name, "time": round(time.time(), 3), **fields}), flush=True)
+            return
+        show = getattr(self, f"_{name}", None)
+        if show is not None:
+            show(**fields)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _run_started(self, found: int, output: str, **_: Any) -> None:
+        self._say(f"{found} candidates; results go to {output}")
+
+    def _planned(
+        self, items: int, frames: int, failed_items: int, skipped: int, **rest: Any
+    ) -> None:
+        left_out = f", {skipped} files that are no media left out" if skipped else ""
+        unread = f", {failed_items} unreadable" if failed_items else ""
+        twice = f", {rest['duplicates']} named twice" if rest.get("duplicates") else ""
+        self._say(f"planned {items} items{unread}, {frames} frames{left_out}{twice}")
+
+    def _progress(self, units_done: int, units_planned: int, frames: int, failed: int) -> None:
+        seconds = time.monotonic() - self.started
+        text = (
+            f"{units_done} of {units_planned} units, {frames} frames, {failed} failed, "
+            f"{seconds:.0f} s"
+        )
+        if self.console.is_terminal:
+            if self.status is None:
+                self.status = self.console.status(text)
+                self.status.start()
+            self.status.update(text)
+        elif time.monotonic() - self.last_line >= _LINE_EVERY_S:
+            self.last_line = time.monotonic()
+            self._say(text)
+
+    def _item_failed(self, message: str, code: str, **_: Any) -> None:
+        self.failures += 1
+        if self.failures <= _FAILURES_SHOWN:
+            self._say(f"failed ({code}): {message}")
+        elif self.failures == _FAILURES_SHOWN + 1:
+            self._say("more failed: see failures/")
+
+    def _finished(self, **summary: Any) -> None:
+        self.close()
+        codes = ", ".join(f"{n} {code}" for code, n in summary["failed_by_code"].items())
+        partial = f" ({summary['partial']} partial)" if summary["partial"] else ""
+        self._say(
+            f"{summary['items']} items: {summary['scored']} scored{partial}, "
+            f"{summary['failed']} failed{f': {codes}' if codes else ''}"
+        )
+        if summary["frames_scored"]:
+            self._say(
+                f"{summary['frames_scored']} frames in {summary['seconds']:.0f} s, "
+                f"{summary['frames_per_s']} a second while scoring; "
+                f"the {summary['bottleneck']} stage was the busier one"
+            )
+        else:
+            self._say(f"nothing new to score, {summary['seconds']:.0f} s")
+        self._say(f"scores: {summary['output']}/scores/{summary['model']}.parquet")
+
+
+def flush() -> None:
+    """Results before exit codes, also into a pipe."""
+    sys.stdout.flush()

@@ -1,0 +1,161 @@
+"""What to score: a file, a folder or prefix, a glob, or a manifest. Lists, never opens media."""
+
+import itertools
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from pipeline import schemas, storage
+from pipeline.errors import CatalogError
+
+MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
+
+# fmt: off
+MEDIA_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".avif", ".gif",
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".m2ts", ".mts",
+    ".mpg", ".mpeg", ".vob", ".3gp", ".3g2", ".mxf", ".wmv", ".asf", ".ogv", ".y4m", ".ivf",
+    ".h264", ".264", ".h265", ".265", ".hevc", ".obu",
+))
+# fmt: on
+
+
+@dataclass
+class Catalog:
+    """The items found. `table` has `uri`, `explicit` and the manifest's own columns.
+
+    An explicit item (named by the user, or with a media file's suffix) is scored or fails; any
+    other is looked at, and left out without a word when its content is not media.
+    """
+
+    table: pa.Table
+    duplicates: int = 0
+    extras: list[pa.Field] = field(default_factory=list)
+
+
+def read(source: str) -> Catalog:
+    """List the items of a source, sorted by URI for folders, in the order given for manifests.
+
+    Raises CatalogError when there is nothing there or a manifest cannot be used.
+    """
+    source = storage.absolute(source)
+    fs, path = storage.locate(source)
+    try:
+        if fs.isfile(path):
+            if PurePosixPath(path).suffix.lower() in MANIFEST_SUFFIXES:
+                return _manifest(source, fs, path)
+            return _listed([(source, True)])
+        if fs.isdir(path):
+            return _listed(_folder(fs, path), f"{source}: no files in this folder.")
+        if any(c in path for c in "*?["):
+            return _listed(_glob(fs, path), f"{source}: nothing matches.")
+    except (OSError, ImportError) as error:
+        raise CatalogError(f"{source}: cannot be listed ({error}).") from error
+    raise CatalogError(f"{source}: no such file, folder, glob or manifest.")
+
+
+def _listed(items: Any, nothing: str = "") -> Catalog:
+    pairs = sorted(items)
+    if not pairs:
+        raise CatalogError(nothing)
+    uris, explicit = zip(*pairs, strict=True)
+    table = pa.table({"uri": pa.array(uris, pa.string()), "explicit": pa.array(explicit)})
+    return Catalog(table)
+
+
+def _folder(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
+    """All files below a folder, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
+    for root, folders, files in fs.walk(path, detail=True):
+        for name in [n for n in folders if n.startswith(".")]:
+            del folders[name]
+        for name, info in files.items():
+            if name and not name.startswith("."):
+                yield _entry(fs, info.get("name") or posixpath.join(root, name))
+
+
+def _glob(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
+    """What matches, and all files below matching folders; hidden ones only when asked for."""
+    hidden_too = posixpath.basename(path).startswith(".")
+    for match in fs.glob(path):
+        if fs.isdir(match):
+            yield from _folder(fs, match)
+        elif hidden_too or not posixpath.basename(match).startswith("."):
+            yield _entry(fs, match)
+
+
+def _entry(fs: Any, path: str) -> tuple[str, bool]:
+    # File names that are not UTF-8 cannot stand in Parquet; their escaped form can.
+    uri = storage.unstrip(fs, path).encode("utf-8", "backslashreplace").decode()
+    return uri, PurePosixPath(path).suffix.lower() in MEDIA_SUFFIXES
+
+
+def _manifest(source: str, fs: Any, path: str) -> Catalog:
+    """A table with a `uri` column. Relative paths are relative to the manifest."""
+    try:
+        with fs.open(path, "rb") as file:
+            table = _read_table(file, PurePosixPath(path).suffix.lower())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{source}: not a readable manifest ({error}).") from error
+    if "uri" not in table.column_names:
+        raise CatalogError(
+            f"{source}: a manifest needs a column `uri`; it has {', '.join(table.column_names)}."
+        )
+    if table.num_rows == 0:
+        raise CatalogError(f"{source}: the manifest is empty.")
+    base = source.rsplit("/", 1)[0]
+    given = table["uri"].cast(pa.string()).to_pylist()
+    uris = []
+    for number, uri in enumerate(given, start=1):
+        if not uri:
+            raise CatalogError(f"{source}: row {number} has no uri.")
+        uris.append(_resolved(uri, base))
+    first = list(dict(zip(reversed(uris), reversed(range(len(uris))), strict=True)).values())
+    keep = sorted(first)
+    extras = table.drop_columns(["uri"]).rename_columns(_extra_names(table.column_names))
+    out = extras.add_column(0, "explicit", pa.array([True] * len(uris)))
+    out = out.add_column(0, "uri", pa.array(uris, pa.string())).take(keep)
+    return Catalog(out, len(uris) - len(keep), list(extras.schema))
+
+
+def _read_table(file: Any, suffix: str) -> pa.Table:
+    if suffix == ".parquet":
+        return pq.read_table(file)
+    if suffix == ".csv":
+        return pacsv.read_csv(file)
+    return pajson.read_json(file)
+
+
+def _resolved(uri: str, base: str) -> str:
+    """An absolute address: paths without a scheme are relative to the manifest's folder."""
+    if "://" in uri and not uri.startswith("file://"):
+        return uri
+    local = uri.removeprefix("file://")
+    if local.startswith("/"):
+        return local
+    return f"{base}/{local}" if "://" in base else posixpath.normpath(f"{base}/{local}")
+
+
+def _extra_names(names: list[str]) -> list[str]:
+    """The manifest's columns under names that no column of ours has."""
+    taken = {"explicit"}
+    out = []
+    for name in names:
+        if name == "uri":
+            continue
+        candidates = itertools.chain(
+            (name, f"manifest_{name}"), (f"manifest_{name}_{i}" for i in itertools.count(2))
+        )
+        # Without case: to DuckDB and most SQL engines Score and score are one column.
+        chosen = next(
+            c for c in candidates if c.lower() not in taken and not schemas.is_reserved(c)
+        )
+        taken.add(chosen.lower())
+        out.append(chosen)
+    return out

@@ -1,0 +1,167 @@
+"""Ray: connect to the cluster at hand or start one here, and share out its CPUs and GPUs."""
+
+import logging
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+from ray.autoscaler.sdk import request_resources
+
+from pipeline.config import Config
+from pipeline.errors import RunError, TooManyFailures
+
+# CPUs that a local cluster is said to have beyond the real ones. Ray Data's own stages (reading,
+# writing, the checkpoint filter) book CPUs that they hardly use; without room for them, a pool of
+# actors and a reader can wait for each other for ever on a small machine.
+SPARE_CPUS = 2
+
+# Environment of a scoring actor on a CPU. Idle OpenMP threads that spin take the cores from the
+# decoders (measured: four times slower on two busy cores), and giving large buffers back to the
+# kernel after every layer costs a third of the time in page faults.
+CPU_SCORER_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who gets what. CPU numbers are bookings in Ray's ledger; `threads` are real."""
+
+    decode_tasks: int
+    decode_cpus: float
+    score_actors: int
+    actor_cpus: float
+    actor_gpus: float
+    threads: int
+    light_cpus: float
+    """Booked by stages that only read or write tables."""
+
+
+def quieten() -> None:
+    """Leave progress to our own line, and Ray Data's chatter to its log files."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []
+    # The newer Parquet reader starts actors of its own to read footers, which costs more than
+    # reading a plan does.
+    context.use_datasource_v2 = False
+    for name in ("ray.data", "ray._private.authentication", "ray._private.worker"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Both are part of the version of Ray that is pinned; what replaces them comes with the next.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks.*")
+
+
+def connect(config: Config) -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one here.
+
+    A cluster started here listens on loopback only and ends with this process. One that is
+    joined may still have to start its nodes: they are asked for and waited for.
+    Raises RunError when they do not come.
+    """
+    quieten()
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        _await_nodes(config)
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ray.init(
+        address="local",
+        num_cpus=local_cpus() + SPARE_CPUS,
+        object_store_memory=config.object_store_bytes or min(8 << 30, max(512 << 20, memory // 5)),
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+
+
+def _await_nodes(config: Config) -> None:
+    bundles: list[dict[str, float]] = [{"CPU": 1}] * max(2, config.decode_tasks)
+    gpus = 0.0
+    if config.device == "cuda":
+        gpus = max(1, config.score_actors) * config.gpus_per_actor
+        bundles += [{"GPU": config.gpus_per_actor}] * max(1, config.score_actors)
+    request_resources(bundles=bundles)
+    patience = time.monotonic() + config.wait_for_nodes_s
+    while True:
+        have = ray.cluster_resources()
+        if have.get("CPU", 0) >= 2 and have.get("GPU", 0) >= gpus:
+            return
+        if time.monotonic() > patience:
+            raise RunError(
+                f"the cluster has {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs after "
+                f"{config.wait_for_nodes_s:g} s; 2 CPUs and {gpus:g} GPUs are needed. Check the "
+                "autoscaler, or raise wait_for_nodes_s."
+            )
+        time.sleep(1)
+
+
+def bounded_retries() -> dict[str, Any]:
+    """For tasks that open media: a file that kills its worker each time must not loop for ever."""
+    return {"max_retries": 3}
+
+
+def run_error(error: Exception) -> RunError:
+    """The error to show for one of Ray's: ours if one is at its root."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RunError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    text = str(error)
+    if TooManyFailures.__name__ in text:
+        return TooManyFailures("more work units failed than is allowed: the run was stopped.")
+    last = [line for line in text.splitlines() if line.strip()]
+    return RunError(f"Ray gave up: {last[-1] if last else type(error).__name__}")
+
+
+def local_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def shares(config: Config) -> Shares:
+    """Divide the cluster between decoding and scoring. Raises RunError when it has too little."""
+    have: dict[str, Any] = ray.cluster_resources()
+    booked = int(have.get("CPU", 0))
+    gpus = float(have.get("GPU", 0))
+    started_here = not os.environ.get("RAY_ADDRESS")
+    cpus = max(1, booked - SPARE_CPUS) if started_here else booked
+    if booked < 2:
+        raise RunError(f"the cluster has {booked} CPUs; 2 are needed to decode and score.")
+    if config.device == "cuda" and not gpus:
+        raise RunError("device cuda was asked for, but the cluster has no GPU.")
+    use_gpus = gpus > 0 and config.device != "cpu"
+    small = booked < 4
+    if use_gpus:
+        actors = config.score_actors or max(1, int(gpus / config.gpus_per_actor))
+        actor_cpus, threads = 1.0, 1
+    else:
+        actors = config.score_actors or max(1, cpus // 4)
+        threads = max(1, cpus // actors) if cpus < 8 else 4
+        # Bookings must fit on one node, and leave room for a decoder beside the actor.
+        largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+        actor_cpus = 0.25 if small else min(float(threads), (booked - 3) / actors, largest / 2)
+    return Shares(
+        decode_tasks=config.decode_tasks or cpus,
+        decode_cpus=0.5 if small else 1.0,
+        score_actors=actors,
+        actor_cpus=actor_cpus,
+        actor_gpus=config.gpus_per_actor if use_gpus else 0.0,
+        threads=threads,
+        light_cpus=0.25,
+    )

@@ -1,0 +1,203 @@
+"""Every option once: its default, its unit, and why one would change it.
+
+The command line, YAML files and docs/configuration.md all come from this model.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigError
+from pipeline.media.sample import SampleSpec
+from pipeline.pooling import DEFAULT_POOLING, check_names
+
+
+class Config(BaseModel):
+    """Options of a run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        default="cfanet_lite_nr",
+        description="Card to score with, or a .safetensors file exported by `topiq train`. "
+        "`cfanet_lite_nr` is bundled; published cards are fetched on first use.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Path or URL of the weights, for cards that are not bundled. On a cluster, "
+        "a place that every node can read.",
+    )
+    verify_weights: bool = Field(
+        default=True,
+        description="Refuse weights whose sha256 is not the card's. Off for own training.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="`auto` takes GPUs when the cluster has any; `cpu` or `cuda` insist.",
+    )
+    precision: Literal["fp32"] = Field(default="fp32", description="Arithmetic of the network.")
+    sample: str = Field(
+        default="uniform:16",
+        description="Moments of a video to score: `uniform:N` (N, evenly spread), `fps:R` (R a "
+        "second), `every:K` (each Kth frame), `keyframes`, or `all`.",
+    )
+    alpha: Literal["black", "white"] = Field(
+        default="black", description="What transparent images are laid over before scoring."
+    )
+    pooling: tuple[str, ...] = Field(
+        default=DEFAULT_POOLING,
+        description="Columns that pool frame scores over time: mean, hmean, min, max, std, "
+        "pN (a percentile), worst_Ns (the worst N seconds).",
+    )
+    max_pixels: int = Field(
+        default=25_000_000,
+        gt=0,
+        description="Largest picture accepted, in pixels; larger ones fail as `too_large`. This "
+        "bounds the memory of a scorer on a CPU: 300 to 650 MB a megapixel with the bundled model, "
+        "800 with a ResNet-50 card.",
+    )
+    unit_frames: int = Field(
+        default=64,
+        gt=0,
+        description="Most frames in a work unit, the piece that is decoded, scored and committed "
+        "at once. Smaller: finer commits and less memory. Larger: less decoding twice.",
+    )
+    unit_bytes: int = Field(
+        default=256 << 20,
+        gt=0,
+        description="Most decoded bytes in a work unit (at least one frame is always in it). "
+        "A decode worker holds about two of these, the scorer one.",
+    )
+    units_per_commit: int = Field(
+        default=64,
+        gt=0,
+        description="Most work units written, and lost at worst, at once. Larger: fewer, bigger "
+        "Parquet files.",
+    )
+    decode_tasks: int = Field(
+        default=0,
+        ge=0,
+        description="Units decoded at the same time; 0 means one per CPU of the cluster.",
+    )
+    score_actors: int = Field(
+        default=0,
+        ge=0,
+        description="Scorers; 0 means one per GPU share, or without GPUs one per 4 CPUs.",
+    )
+    gpus_per_actor: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="GPU share of a scorer. Half shares let two scorers overlap copies and work.",
+    )
+    units_per_batch: int = Field(
+        default=8,
+        gt=0,
+        description="Work units handed to a GPU scorer at once; frames of one size are batched "
+        "across them. Bounds its memory together with unit_bytes.",
+    )
+    object_store_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Size of Ray's object store when the run starts Ray itself; decoded frames "
+        "wait there, and fill it. 0 means a fifth of the memory, between 0.5 and 8 GiB.",
+    )
+    wait_for_nodes_s: float = Field(
+        default=900.0,
+        ge=0,
+        description="How long to wait for the nodes of an autoscaled cluster. With device `cuda` "
+        "its GPUs are asked for; with `auto`, only those that are up already are used.",
+    )
+    fail_on_error: bool = Field(
+        default=False, description="Stop the run at the first item that fails, with exit code 1."
+    )
+    max_failures: int | None = Field(
+        default=None, ge=0, description="Stop the run when more work units than this have failed."
+    )
+
+    @field_validator("sample")
+    @classmethod
+    def _sample_is_known(cls, text: str) -> str:
+        SampleSpec.parse(text)
+        return text
+
+    @field_validator("pooling")
+    @classmethod
+    def _pooling_is_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        check_names(names)
+        return names
+
+    @property
+    def failures_allowed(self) -> int | None:
+        """Failed units that the run survives; None means any number."""
+        return 0 if self.fail_on_error else self.max_failures
+
+
+def load(
+    file: Path | None = None,
+    settings: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> Config:
+    """Resolve the options: defaults, then the YAML file, then `KEY=VALUE` settings, then flags.
+
+    Flags that are None are left out. Raises ConfigError naming the option and what it allows.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values |= _read_yaml(file)
+    for setting in settings or []:
+        key, found, text = setting.partition("=")
+        if not found:
+            raise ConfigError(f"--set {setting}: write KEY=VALUE.")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting}: the value is not YAML.") from error
+    values |= {k: v for k, v in (flags or {}).items() if v is not None}
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise ConfigError(f"configuration: {problems}") from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML ({error}).") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: a mapping of options is needed, such as `sample: fps:1`.")
+    return values
+
+
+def _problem(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"there is no option '{name}'; docs/configuration.md lists them"
+    return f"{name}: {error['msg']} (got {json.dumps(error['input'], default=str)})"
+
+
+def reference() -> str:
+    """The text of docs/configuration.md."""
+    rows = []
+    for name, field in Config.model_fields.items():
+        default = field.default
+        shown = ", ".join(default) if isinstance(default, tuple) else default
+        kind = re.sub(r"typing\.|<class '|'>", "", str(field.annotation)).replace("|", "or")
+        shown = (
+            "none" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
+        )
+        rows.append(f"| `{name}` | {kind} | `{shown}` | {field.description} |")
+    head = (
+        "# Configuration\n\n"
+        "Made from `pipeline/config.py` by `make docs`; do not edit.\n\n"
+        "Given by `--config FILE` (YAML), `--set KEY=VALUE`, or the flag of the same name where\n"
+        "there is one; the later of these wins.\n\n"
+        "| option | type | default | what it does |\n|---|---|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"

@@ -1,0 +1,60 @@
+"""Choose items by their scores: a condition over scores/ to a keep-manifest."""
+
+from pathlib import PurePosixPath
+
+import duckdb
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.dataset as pads
+
+from pipeline.errors import ConfigError, OutputError
+from pipeline.storage import Output, absolute
+
+_SUFFIXES = (".parquet", ".csv", ".jsonl")
+
+
+def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, int]:
+    """Write the rows of scores/ for which `where` (DuckDB SQL) holds. Returns kept and all.
+
+    The file is replaced in one step. Raises ConfigError (bad SQL or suffix) and OutputError.
+    """
+    suffix = PurePosixPath(to).suffix
+    if suffix not in _SUFFIXES:
+        raise ConfigError(f"--to {to}: the name must end in {', '.join(_SUFFIXES)}.")
+    connection = duckdb.connect()
+    connection.register("scores", _scores(output, model))
+    connection.execute("SET enable_external_access = false")
+    try:
+        query = f"SELECT * FROM scores WHERE ({where}\n) ORDER BY uri"
+        kept = connection.sql(query).to_arrow_table()
+    except duckdb.Error as error:
+        raise ConfigError(f"--where: {str(error).splitlines()[0]}") from error
+    total = connection.execute("SELECT count(*) FROM scores").fetchall()[0][0]
+    folder, _, name = absolute(to).rpartition("/")
+    with Output(folder or "/").publish(name) as path:
+        _write(kept, connection, str(path), suffix)
+    return kept.num_rows, int(total)
+
+
+def _scores(output: Output, model: str | None) -> pads.Dataset:
+    files = output.parquet_files("scores")
+    if model is not None:
+        files = [f for f in files if PurePosixPath(f).stem == model]
+    if not files:
+        raise OutputError(f"{output.url}: no scores{f' of {model}' if model else ''} in it.")
+    if len(files) > 1:
+        names = ", ".join(PurePosixPath(f).stem for f in files)
+        raise ConfigError(f"{output.url} holds scores of {names}: choose one with --model.")
+    return pads.dataset(files, filesystem=output.arrow_filesystem())
+
+
+def _write(kept: pa.Table, connection: duckdb.DuckDBPyConnection, path: str, suffix: str) -> None:
+    if suffix == ".parquet":
+        pa.parquet.write_table(kept, path, compression="zstd")
+    elif suffix == ".csv":
+        pacsv.write_csv(kept, path)
+    else:
+        connection.register("kept", kept)
+        lines = connection.execute("SELECT to_json(kept) FROM kept").fetchall()
+        with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.writelines(f"{line}\n" for (line,) in lines)

@@ -1,0 +1,125 @@
+"""Every reason why a media item or a run fails, each with its stable code."""
+
+from typing import ClassVar
+
+from topiq_core.errors import TopiqError
+
+
+class ConfigError(TopiqError):
+    """An option has a value that makes no sense. Nothing was started."""
+
+    code = "bad_config"
+
+
+class CatalogError(TopiqError):
+    """The source names no catalog: absent, unreadable, or a manifest without a `uri` column."""
+
+    code = "bad_catalog"
+
+
+class OutputError(TopiqError):
+    """The output folder cannot be used, or what is in it is not what this command expects."""
+
+    code = "bad_output"
+
+
+class RunError(TopiqError):
+    """The run itself broke: too many failures, lost rows, a cluster too small."""
+
+    code = "run_failed"
+
+
+class TooManyFailures(RunError):
+    """More work units failed than the options allow."""
+
+    code = "too_many_failures"
+
+
+class MediaError(TopiqError):
+    """One item, or one unit of it, cannot be scored. Becomes one row in `failures/`."""
+
+    code = "media_error"
+
+
+class NotFound(MediaError):
+    """The object does not exist."""
+
+    code = "not_found"
+
+
+class AccessDenied(MediaError):
+    """The object exists but may not be read."""
+
+    code = "access_denied"
+
+
+class StorageError(MediaError):
+    """The store did not deliver the object: network, server or disk trouble."""
+
+    code = "storage_error"
+
+
+class NotMedia(MediaError):
+    """The content is neither an image nor a video, whatever the name says."""
+
+    code = "not_media"
+
+
+class NoVideoStream(MediaError):
+    """A media file without pictures: audio, subtitles, or cover art only."""
+
+    code = "no_video_stream"
+
+
+class NoFrames(MediaError):
+    """A video track is declared but holds no frames, such as an initialisation segment."""
+
+    code = "no_frames"
+
+
+class UnsupportedCodec(MediaError):
+    """The pictures are in a format that the decoders at hand do not know."""
+
+    code = "unsupported_codec"
+
+
+class Encrypted(MediaError):
+    """The pictures are encrypted (DRM)."""
+
+    code = "encrypted"
+
+
+class DecodeError(MediaError):
+    """The content is damaged: nothing in it could be decoded."""
+
+    code = "decode_error"
+
+
+class TooLarge(MediaError):
+    """A picture has more pixels than the configured limit."""
+
+    code = "too_large"
+
+
+class TooSmall(MediaError):
+    """A picture is smaller than the network can judge."""
+
+    code = "too_small"
+
+
+class OutOfMemory(MediaError):
+    """Scoring one frame needs more memory than the device has."""
+
+    code = "out_of_memory"
+
+
+class InternalError(MediaError):
+    """A fault of ours: please report it with the message."""
+
+    code = "internal_error"
+
+
+class FailureCodes:
+    """The codes that may stand in `failures/`."""
+
+    ALL: ClassVar[tuple[str, ...]] = tuple(sorted(c.code for c in MediaError.__subclasses__()))

@@ -1,0 +1,67 @@
+"""How long a plan would take: its pixels over a measured speed."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.plan import PlanCounts
+
+_TRIAL_HEIGHT, _TRIAL_WIDTH = 720, 1280
+_TRIAL_S = 3.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Pixels that one device scores in a second, and where the number comes from."""
+
+    pixels_per_s: float
+    source: str
+
+
+def measured_speed(config: Config) -> Speed:
+    """Score synthetic 720p frames on this machine for a few seconds."""
+    import numpy as np
+
+    from topiq_core.scorer import Scorer
+
+    scorer = Scorer.load(
+        config.model, config.weights, config.device, config.precision, config.verify_weights
+    )
+    if scorer.card.architecture.mode != "nr":
+        raise ConfigError(f"{scorer.card.name} compares pairs: there is no estimate for it yet.")
+    shape = (4, _TRIAL_HEIGHT, _TRIAL_WIDTH, 3)
+    frames = np.random.Generator(np.random.PCG64(0)).integers(0, 256, shape, dtype=np.uint8)
+    scorer.score(frames[:1])
+    scored, started = 0, time.perf_counter()
+    while time.perf_counter() - started < _TRIAL_S:
+        scored += len(scorer.score(frames))
+    seconds = time.perf_counter() - started
+    pixels = scored * _TRIAL_HEIGHT * _TRIAL_WIDTH
+    return Speed(pixels / seconds, f"measured on this machine ({scorer.device})")
+
+
+def speed_of_run(file: Path) -> Speed:
+    """The speed of one scorer in an earlier run, from its run.json. Raises ConfigError."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        stage = record["stages"]["score"]
+        per_worker = stage["pixels_per_s"] / stage["workers"]
+        return Speed(float(per_worker), f"of a scorer in {file}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not the run.json of a run that scored anything.") from error
+
+
+def describe(planned: PlanCounts, speed: Speed, devices: int) -> str:
+    """The estimate in words."""
+    seconds = planned.pixels / speed.pixels_per_s / devices
+    hours, minutes = int(seconds // 3600), seconds % 3600 / 60
+    return (
+        f"{planned.items - planned.failed_items} items, {planned.frames} frames, "
+        f"{planned.pixels / 1e9:.3f} gigapixels\n"
+        f"{speed.pixels_per_s / 1e6:.1f} megapixels a second and device, {speed.source}\n"
+        f"about {hours} h {minutes:.1f} min of scoring on {devices} device{'s' * (devices > 1)}; "
+        "decoding, start-up and empty time come on top"
+    )

@@ -1,0 +1,166 @@
+"""Decode a still image to upright, full-range RGB."""
+
+import io
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import av
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline import storage
+from pipeline.errors import DecodeError, TooLarge, UnsupportedCodec
+from pipeline.media.colour import RGB
+
+Background = Literal["black", "white"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")
+"""What Pillow may try to open; anything else is not an image to us."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header says. Width and height are those of the picture before it is turned."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    bits: int
+
+
+def sniff(head: bytes) -> bool:
+    """Whether the first bytes are those of an image format that we read."""
+    if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
+        return True
+    if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"):
+        return True
+    if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
+        return True
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return True
+    return head[4:8] == b"ftyp" and any(b in head[8:64] for b in (b"avif", b"avis"))
+
+
+def facts(url: str, max_pixels: int) -> ImageFacts:
+    """Read the header of an image. Raises MediaError."""
+    with storage.open_media(url) as source, _opened(url, source, max_pixels) as image:
+        width, height = image.size
+        return ImageFacts(str(image.format), image.mode, width, height, _bits(image))
+
+
+def decode(url: str, max_pixels: int, background: Background) -> RGB:
+    """The first picture of an image file as uint8 RGB [H,W,3].
+
+    EXIF orientation is applied, transparency is laid over `background`, grey becomes RGB, and
+    16 bits are scaled to 8 by value/257. Raises MediaError.
+    """
+    with storage.open_media(url) as source, _opened(url, source, max_pixels) as image:
+        try:
+            if _bits(image) > 8 and image.format in ("PNG", "TIFF"):
+                return _decode_deep(url, source, image, background)
+            upright = ImageOps.exif_transpose(image)
+            return _flatten(upright, background)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise DecodeError(f"{url}: damaged or incomplete image ({error}).") from error
+
+
+_EXIF_ORIENTATION = 0x0112
+_TIFF_BITS_PER_SAMPLE = 258
+
+
+class _opened:
+    """Pillow's image, with its errors turned into ours and the pixel limit set."""
+
+    def __init__(self, url: str, source: Any, max_pixels: int) -> None:
+        self.url, self.source, self.max_pixels = url, source, max_pixels
+
+    def __enter__(self) -> Image.Image:
+        try:
+            # The limit is checked below, before any pixel is decoded; Pillow's own would warn.
+            Image.MAX_IMAGE_PIXELS = None
+            self.image = Image.open(self.source, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise DecodeError(f"{self.url}: damaged image, its header is unreadable.") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DecodeError(f"{self.url}: damaged image ({error}).") from error
+        width, height = self.image.size
+        if width * height > self.max_pixels:
+            self.image.close()
+            raise TooLarge(
+                f"{self.url}: {width}x{height} pixels, over the limit of {self.max_pixels}. "
+                "Raise max_pixels if there is memory for it."
+            )
+        return self.image
+
+    def __exit__(self, *_: object) -> None:
+        self.image.close()
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits per channel, from the header: Pillow's mode hides them for 16-bit colour."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return 16
+    if image.mode == "F":
+        return 32
+    if image.format == "PNG":
+        return _png_bits(image)
+    if image.format == "TIFF":
+        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE, 8)
+        return int(bits[0] if isinstance(bits, tuple) else bits)
+    return 8
+
+
+def _png_bits(image: Image.Image) -> int:
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 8
+    position = file.tell()
+    file.seek(24)
+    bits = file.read(1)
+    file.seek(position)
+    return bits[0] if bits else 8
+
+
+def _flatten(image: Image.Image, background: Background) -> RGB:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        backdrop = Image.new("RGBA", layer.size, background)
+        image = Image.alpha_composite(backdrop, layer)
+    return np.asarray(image.convert("RGB"))
+
+
+def _decode_deep(url: str, source: Any, image: Image.Image, background: Background) -> RGB:
+    """16-bit PNG and TIFF: Pillow would cut them to 8 bits, or refuse; FFmpeg reads them whole."""
+    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if isinstance(source, str):
+        opened: Any = source
+    else:
+        source.seek(0)
+        opened = io.BytesIO(source.read())
+    try:
+        with av.open(opened) as container:
+            container.streams.video[0].codec_context.thread_count = 1
+            frame = next(container.decode(video=0))
+            deep = frame.reformat(format="rgba64le").to_ndarray()
+    except (av.error.FFmpegError, StopIteration, ValueError) as error:
+        raise UnsupportedCodec(f"{url}: no decoder for this {_bits(image)}-bit image.") from error
+    return _upright(_over(deep, background), orientation)
+
+
+def _over(deep: npt.NDArray[np.uint16], background: Background) -> RGB:
+    """16-bit RGBA over a background, to 8 bits: round(value / 257). By rows, to save memory."""
+    back = 0.0 if background == "black" else 65535.0
+    out = np.empty((*deep.shape[:2], 3), np.uint8)
+    for row, line in enumerate(deep):
+        alpha = line[:, 3:].astype(np.float64) / 65535
+        out[row] = np.rint((line[:, :3] * alpha + back * (1 - alpha)) / 257)
+    return out
+
+
+def _upright(rgb: RGB, orientation: int) -> RGB:
+    """Apply an EXIF orientation (Exif 2.32, tag 0x0112)."""
+    turned = Image.fromarray(rgb)
+    turned.getexif()[_EXIF_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(turned))

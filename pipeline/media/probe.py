@@ -1,0 +1,180 @@
+"""What a media item is, and when its frames are on screen: from headers and packets, undecoded."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from pipeline import storage
+from pipeline.errors import NoFrames, NotMedia, TooLarge
+from pipeline.media import image
+from pipeline.media.container import explain, frame_interval, looks_like_media, open_video
+from pipeline.media.sample import SampleSpec, Timeline
+
+Kind = Literal["video", "image"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the container says; absent facts are None. Seconds, and bits per second."""
+
+    kind: Kind
+    container: str
+    codec: str
+    profile: str | None
+    coded_width: int
+    coded_height: int
+    fps: float | None
+    duration_s: float | None
+    bit_rate: int | None
+    pix_fmt: str | None
+    sample_aspect_ratio: str | None
+    n_video_streams: int
+    field_order: str | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An item's facts, and for a video its timeline."""
+
+    facts: Facts
+    timeline: Timeline
+
+
+_FIELD_ORDERS = {1: "progressive", 2: "tt", 3: "bb", 4: "tb", 5: "bt"}  # AVFieldOrder
+
+
+def kind_of(head: bytes) -> Kind | None:
+    """Image or video by the first bytes; None when they are neither's."""
+    if image.sniff(head):
+        return "image"
+    return "video" if looks_like_media(head) else None
+
+
+def probe(url: str, spec: SampleSpec, max_pixels: int) -> Probe:
+    """Read what planning needs to know of one item. Raises MediaError."""
+    head = storage.read_head(url)
+    if not head:
+        raise NotMedia(f"{url}: the file is empty.")
+    if kind_of(head) == "image":
+        return _probe_image(url, max_pixels)
+    return _probe_video(url, spec, max_pixels)
+
+
+def _probe_image(url: str, max_pixels: int) -> Probe:
+    found = image.facts(url, max_pixels)
+    facts = Facts(
+        kind="image",
+        container=found.format.lower(),
+        codec=found.format.lower(),
+        profile=None,
+        coded_width=found.width,
+        coded_height=found.height,
+        fps=None,
+        duration_s=None,
+        bit_rate=None,
+        pix_fmt=f"{found.mode.lower()}{found.bits if found.bits > 8 else ''}",
+        sample_aspect_ratio=None,
+        n_video_streams=0,
+        field_order=None,
+    )
+    return Probe(facts, Timeline(0.0, 0.0, (0.0,), (0.0,)))
+
+
+def _probe_video(url: str, spec: SampleSpec, max_pixels: int) -> Probe:
+    with open_video(url, max_pixels) as (container, stream):
+        codec = stream.codec_context
+        width, height = codec.width, codec.height
+        if width * height > max_pixels:
+            raise TooLarge(
+                f"{url}: {width}x{height} pixels a frame, over the limit of {max_pixels}. "
+                "Raise max_pixels if there is memory for it."
+            )
+        timeline = _timeline(url, container, stream, spec)
+        rate = stream.average_rate
+        aspect = stream.sample_aspect_ratio
+        facts = Facts(
+            kind="video",
+            container=container.format.name.split(",")[0],
+            codec=codec.codec.canonical_name,
+            profile=codec.profile,
+            coded_width=width,
+            coded_height=height,
+            fps=_plausible(float(rate) if rate else None, container, timeline),
+            duration_s=timeline.duration_s,
+            bit_rate=stream.bit_rate or container.bit_rate or None,
+            pix_fmt=codec.pix_fmt,
+            sample_aspect_ratio=str(aspect) if aspect and aspect != 1 else None,
+            n_video_streams=len(container.streams.video),
+            field_order=_FIELD_ORDERS.get(int(codec.field_order)),
+        )
+        return Probe(facts, timeline)
+
+
+def _plausible(fps: float | None, container: InputContainer, timeline: Timeline) -> float | None:
+    """The frame rate; where all frame times are known, from them rather than from the header."""
+    if len(timeline.frame_times) > 1 and timeline.duration_s > 0:
+        span = timeline.frame_times[-1] - timeline.frame_times[0]
+        if span > 0:
+            return round((len(timeline.frame_times) - 1) / span, 3)
+    # FLV's header rate is its millisecond clock.
+    return None if container.format.name == "flv" else fps
+
+
+def _timeline(
+    url: str, container: InputContainer, stream: VideoStream, spec: SampleSpec
+) -> Timeline:
+    tick = float(stream.time_base or 1 / 90000)
+    start = (stream.start_time or 0) * tick
+    duration = _declared_duration(container, stream, tick)
+    indexed = max((e.timestamp for e in stream.index_entries), default=0) * tick
+    if duration and indexed > start + duration:  # the header is wrong: frames lie beyond its end
+        duration = indexed - start + frame_interval(stream)
+    if duration and not spec.needs_frame_times:
+        return Timeline(start, duration)
+    times, keys, end = _scan(url, container, stream, tick)
+    if not times:
+        raise NoFrames(f"{url}: a video track without frames (an initialisation segment?).")
+    if not duration or times[0] + duration < times[-1]:
+        duration = end - times[0]
+    return Timeline(times[0], duration, tuple(times), tuple(keys))
+
+
+def _declared_duration(container: InputContainer, stream: VideoStream, tick: float) -> float | None:
+    """The video's own duration where the container has it, else the container's."""
+    if stream.duration:
+        return float(stream.duration * tick)
+    tag = stream.metadata.get("DURATION", "")  # Matroska: HH:MM:SS.fraction
+    parts = tag.split(":")
+    if len(parts) == 3:
+        try:
+            return float(parts[0]) * 3600 + float(parts[1]) * 60 + float(parts[2])
+        except ValueError:
+            pass
+    return float(container.duration / av.time_base) if container.duration else None
+
+
+def _scan(
+    url: str, container: InputContainer, stream: VideoStream, tick: float
+) -> tuple[list[float], list[float], float]:
+    """Presentation times of all frames and of the keyframes, and the end, from the packets."""
+    times: set[float] = set()
+    keys: set[float] = set()
+    end = 0.0
+    unstamped = frame_interval(stream)
+    try:
+        for packet in container.demux(stream):
+            if packet.is_discard or packet.size == 0:
+                continue
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            shown = len(times) * unstamped if stamp is None else stamp * tick
+            times.add(shown)
+            end = max(end, shown + (packet.duration or 0) * tick)
+            if packet.is_keyframe:
+                keys.add(shown)
+    except (av.error.FFmpegError, OSError) as error:
+        if not times:
+            raise explain(url, error) from error
+    return sorted(times), sorted(keys), end or len(times) * unstamped

@@ -1,0 +1,119 @@
+"""Frame scores to the scores of a video: pure functions of times, weights and scores."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import ConfigError
+
+Array = npt.NDArray[np.float64]
+
+DEFAULT_POOLING = (
+    "mean", "hmean", "min", "max", "std", "p1", "p5", "p10", "p50", "worst_1s", "worst_5s",
+)  # fmt: skip
+
+_SIMPLE = ("mean", "hmean", "min", "max", "std")
+_PERCENTILE = re.compile(r"p(\d{1,2})")
+_WORST = re.compile(r"worst_(\d+)s")
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raise ConfigError unless every name is a pooling we know, and none comes twice."""
+    for name in names:
+        known = name in _SIMPLE or _PERCENTILE.fullmatch(name) or _WORST.fullmatch(name)
+        if not known or name == "worst_0s":
+            raise ConfigError(
+                f"unknown pooling '{name}': use {', '.join(_SIMPLE)}, pN (0 to 99) or worst_Ns"
+            )
+    if len(set(names)) != len(names):
+        raise ConfigError("a pooling is named twice")
+
+
+def columns(names: tuple[str, ...]) -> dict[str, str]:
+    """Output columns of the poolings, in order, and their kind: `float` or `int`.
+
+    `score`, the mean over time, is always there.
+    """
+    out = {"score": "float"}
+    for name in names:
+        if name == "mean":
+            continue
+        if _WORST.fullmatch(name):
+            out[f"score_{name}"] = "float"
+            out[f"{name}_start_s"] = "float"
+            out[f"{name}_n_frames"] = "int"
+        else:
+            out[f"score_{name}"] = "float"
+    return out
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Scored frames of one item in order of time: [N] each, N >= 1; weights in seconds."""
+
+    times: Array
+    weights: Array
+    scores: Array
+
+
+def pool(frames: Frames, names: tuple[str, ...]) -> dict[str, float | int | None]:
+    """Pool frame scores over time. Keys are those of `columns`.
+
+    Every statistic counts a frame for the time that it stands for. The harmonic mean is null when
+    a score is zero or below, where it is not defined. With equal weights, percentiles interpolate
+    linearly between frames (numpy's default); otherwise they are the score that at least N % of
+    the time is at or below (inverted distribution function).
+    """
+    out: dict[str, float | int | None] = {"score": _mean(frames)}
+    for name in names:
+        if name == "mean":
+            continue
+        if worst := _WORST.fullmatch(name):
+            score, start, count = worst_window(frames, float(worst[1]))
+            out[f"score_{name}"] = score
+            out[f"{name}_start_s"] = start
+            out[f"{name}_n_frames"] = count
+        else:
+            out[f"score_{name}"] = _single(frames, name)
+    return out
+
+
+def _single(frames: Frames, name: str) -> float | None:
+    scores, weights = frames.scores, frames.weights
+    if name == "hmean":
+        return 1 / float(np.average(1 / scores, weights=weights)) if scores.min() > 0 else None
+    if name == "min":
+        return float(scores.min())
+    if name == "max":
+        return float(scores.max())
+    if name == "std":
+        return float(np.sqrt(np.average((scores - _mean(frames)) ** 2, weights=weights)))
+    percent = int(name[1:])
+    if np.ptp(weights) <= 1e-9 * weights.max():
+        return float(np.percentile(scores, percent))
+    return float(np.percentile(scores, percent, weights=weights, method="inverted_cdf"))
+
+
+def _mean(frames: Frames) -> float:
+    return float(np.average(frames.scores, weights=frames.weights))
+
+
+def worst_window(frames: Frames, length_s: float) -> tuple[float, float, int]:
+    """The window of `length_s` seconds with the lowest mean score.
+
+    Windows begin at a frame and hold every frame less than `length_s` later; those reaching past
+    the last frame are looked at only when the item is shorter than the window. Returns the mean
+    (time-weighted), the time of the first frame in seconds, and the number of frames.
+    """
+    times = frames.times
+    ends = np.searchsorted(times, times + length_s - 1e-9, side="left")
+    last_start = max(times[0], times[-1] + frames.weights[-1] - length_s)
+    starts = np.flatnonzero(times <= last_start + 1e-9)
+    total = np.concatenate(([0.0], np.cumsum(frames.scores * frames.weights)))
+    weight = np.concatenate(([0.0], np.cumsum(frames.weights)))
+    means = (total[ends[starts]] - total[starts]) / (weight[ends[starts]] - weight[starts])
+    best = int(np.argmin(means))
+    begin = int(starts[best])
+    return float(means[best]), float(times[begin]), int(ends[begin] - begin)

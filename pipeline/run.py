@@ -1,0 +1,349 @@
+"""A run: plan -> score -> aggregate on one output folder, and the record of it in run.json."""
+
+import importlib.metadata
+import json
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import av
+import duckdb
+import pyarrow.dataset as pads
+import ray
+
+from pipeline import aggregate, catalog, cluster, plan, schemas, score
+from pipeline.config import Config
+from pipeline.errors import ConfigError, OutputError, TooManyFailures
+from pipeline.monitor import Monitor
+from pipeline.storage import Output
+from topiq_core import weights as weights_file
+from topiq_core.weights import Weights
+
+Event = Callable[..., None]
+"""Called as event(name, **fields) when something has happened; docs/events.md lists them."""
+
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage of the run did. `busy` is the share of its workers' time spent working."""
+
+    workers: int
+    seconds: float
+    frames_per_s: float | None
+    pixels_per_s: float | None
+    busy: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did. Counts of items are of the whole plan; frames_scored of this run alone."""
+
+    run_id: str
+    output: str
+    model: str
+    items: int
+    scored: int
+    partial: int
+    failed: int
+    failed_by_code: dict[str, int]
+    skipped: int
+    duplicates: int
+    frames: int
+    frames_scored: int
+    seconds: float
+    frames_per_s: float | None
+    bottleneck: str | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every step of a run needs to know."""
+
+    run_id: str
+    source: str
+    found: catalog.Catalog
+    output: Output
+    config: Config
+    weights: Weights
+    event: Event
+
+    @property
+    def model(self) -> str:
+        return self.weights.card.name
+
+
+def score_catalog(source: str, out: str, config: Config, event: Event) -> Summary:
+    """Score a catalog into an output folder. Raises TopiqError; MediaErrors become rows."""
+    started = time.monotonic()
+    run = _open(source, out, config, event)
+    record = _new_record(run)
+    _write_record(run.output, record)
+    try:
+        cluster.connect(run.config)
+        shares = cluster.shares(run.config)
+        record["cluster"] = asdict(shares)
+        seconds, planned = _timed(lambda: _plan(run, shares))
+        record["plan"] = asdict(planned) | {"seconds": seconds}
+        event("planned", **record["plan"])
+        for uri, code, message in aggregate.planning_failures(run.output, run.model):
+            event("item_failed", uri=uri, code=code, message=message)
+        score_seconds = _score(run, shares, planned)
+        counts = aggregate.run(run.output, run.model, run.config.pooling)
+        stages, frames = _stages(run, shares, score_seconds)
+        record["stages"] = {name: asdict(stage) for name, stage in stages.items()}
+        summary = _summary(run, planned, counts, stages, frames, score_seconds, started)
+    except BaseException as error:
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        record["finished_at"] = _now()
+        _write_record(run.output, record)
+        raise
+    record |= {"status": "finished", "summary": asdict(summary), "finished_at": _now()}
+    _write_record(run.output, record)
+    event("finished", **asdict(summary))
+    return summary
+
+
+def plan_catalog(source: str, out: str, config: Config, event: Event) -> plan.PlanCounts:
+    """Write plan/ only. Raises TopiqError."""
+    run = _open(source, out, config, event)
+    if run.output.read_text("run.json") is None:
+        _write_record(run.output, {"status": "planned", "schema_version": schemas.SCHEMA_VERSION})
+    cluster.connect(run.config)
+    planned = _plan(run, cluster.shares(run.config))
+    event("planned", **asdict(planned))
+    return planned
+
+
+def _open(source: str, out: str, config: Config, event: Event) -> _Run:
+    """Everything that can go wrong before Ray is needed goes wrong here."""
+    config = _with_absolute_paths(config)
+    found = catalog.read(source)
+    weights = weights_file.resolve(config.model, config.weights, config.verify_weights)
+    if weights.card.architecture.mode != "nr":
+        raise ConfigError(
+            f"{weights.card.name} compares with a reference; `topiq score` takes no-reference "
+            "models. Pairs are scored in Python: Scorer.score_pairs()."
+        )
+    output = Output(out)
+    output.create()
+    _refuse_foreign(output)
+    run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S-") + uuid.uuid4().hex[:6]
+    event("run_started", run_id=run_id, source=source, output=output.url, found=len(found.table))
+    return _Run(run_id, source, found, output, config, weights, event)
+
+
+def _plan(run: _Run, shares: cluster.Shares) -> plan.PlanCounts:
+    return plan.run(run.found, run.output, run.config, run.weights, shares, run.run_id)
+
+
+def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float:
+    """Score what is open. Returns the seconds that it took; 0 when nothing was."""
+    allowed = run.config.failures_allowed
+    if allowed is not None and planned.failed_items > allowed:
+        raise TooManyFailures(
+            f"{planned.failed_items} items failed at planning, {allowed} are allowed. "
+            f"See {run.output.url}/failures/."
+        )
+    pending = score.pending_writes(run.output)
+    to_do = aggregate.count_open_units(run.output, run.model, pending)
+    if not to_do and not pending:
+        return 0.0
+    rest = None if allowed is None else allowed - planned.failed_items
+    monitor = ray.remote(num_cpus=0)(Monitor).remote(rest)
+    plan_path = run.output.inside(*plan.table_path(run.model))
+    with _watched(monitor, to_do, run.event):
+        seconds, _ = _timed(
+            lambda: score.run(
+                plan_path, to_do, run.output, run.config, run.weights, shares, monitor, run.run_id
+            )
+        )
+    return seconds
+
+
+def _summary(
+    run: _Run,
+    planned: plan.PlanCounts,
+    counts: aggregate.Counts,
+    stages: dict[str, Stage],
+    frames: int,
+    score_seconds: float,
+    started: float,
+) -> Summary:
+    busiest = max(stages, key=lambda name: stages[name].busy or 0.0)
+    return Summary(
+        run_id=run.run_id,
+        output=run.output.url,
+        model=run.model,
+        items=counts.items,
+        scored=counts.scored,
+        partial=counts.partial,
+        failed=counts.failed,
+        failed_by_code=dict(counts.failed_by_code.most_common()),
+        skipped=planned.skipped,
+        duplicates=planned.duplicates,
+        frames=counts.frames,
+        frames_scored=frames,
+        seconds=round(time.monotonic() - started, 2),
+        frames_per_s=round(frames / score_seconds, 2) if frames else None,
+        bottleneck=busiest if frames else None,
+    )
+
+
+_STAGE_QUERY = """
+SELECT coalesce(sum(len(score)), 0)::BIGINT,
+       coalesce(sum(len(score) * frame.width::BIGINT * frame.height), 0)::BIGINT,
+       coalesce(sum(decode_s), 0),
+       coalesce(sum(score_s), 0)
+FROM table_of_run
+WHERE run_id = ?
+"""
+
+
+def _stages(run: _Run, shares: cluster.Shares, seconds: float) -> tuple[dict[str, Stage], int]:
+    """How busy each stage was in this run, from the times in the rows it wrote."""
+    output = run.output
+    files = output.parquet_files("frame_scores")
+    frames, pixels, decode_s, score_s = 0, 0, 0.0, 0.0
+    if files:
+        table_of_run = pads.dataset(  # noqa: F841 (DuckDB finds it by name)
+            files, schema=schemas.OUTCOME, filesystem=output.arrow_filesystem()
+        )
+        row = duckdb.execute(
+            _STAGE_QUERY,
+            [run.run_id],
+        ).fetchall()[0]
+        frames, pixels, decode_s, score_s = row
+
+    def stage(workers: int, busy_s: float) -> Stage:
+        if not frames or not busy_s:
+            return Stage(workers, round(busy_s, 3), None, None, None)
+        per_second = workers / busy_s
+        busy = round(busy_s / (workers * seconds), 3)
+        speed = round(frames * per_second, 2)
+        return Stage(workers, round(busy_s, 3), speed, round(pixels * per_second), busy)
+
+    return {
+        "decode": stage(shares.decode_tasks, decode_s),
+        "score": stage(shares.score_actors, score_s),
+    }, int(frames)
+
+
+@contextmanager
+def _watched(monitor: Any, to_do: int, event: Event) -> Iterator[None]:
+    """Report progress from a thread while the body runs, and once more at its end."""
+    done = threading.Event()
+
+    def report() -> None:
+        progress = ray.get(monitor.poll.remote())
+        for uri, code, message in progress.recent_failures:
+            event("item_failed", uri=uri, code=code, message=message)
+        event(
+            "progress",
+            units_done=progress.units,
+            units_planned=to_do,
+            frames=progress.frames,
+            failed=progress.n_failed,
+        )
+
+    def watch() -> None:
+        with suppress(ray.exceptions.RayError):
+            while not done.wait(_POLL_S):
+                report()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with suppress(ray.exceptions.RayError):  # the error of the body is the one to show
+            report()
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.monotonic()
+    result = work()
+    return round(time.monotonic() - started, 3), result
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Workers have another current folder: paths in the options must not depend on it."""
+    changes = {}
+    if Path(config.model).suffix == ".safetensors":
+        changes["model"] = str(Path(config.model).absolute())
+    if config.weights and "://" not in config.weights:
+        changes["weights"] = str(Path(config.weights).expanduser().absolute())
+    return config.model_copy(update=changes)
+
+
+def _refuse_foreign(output: Output) -> None:
+    """Do not mix into a folder that holds something else, or tables of another schema."""
+    text = output.read_text("run.json")
+    if text is None:
+        strange = sorted(n for n in output.names() if not n.startswith("."))
+        if strange:
+            raise OutputError(
+                f"{output.url}: not empty and not an output of ours (it holds {strange[0]}). "
+                "Name a new or empty folder."
+            )
+        return
+    try:
+        version = json.loads(text)["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{output.url}/run.json is damaged. Name another folder.") from error
+    if version != schemas.SCHEMA_VERSION:
+        raise OutputError(
+            f"{output.url}: written with schema {version}, this is {schemas.SCHEMA_VERSION}. "
+            "Name another folder."
+        )
+
+
+def _new_record(run: _Run) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "status": "running",
+        "started_at": _now(),
+        "source": run.source,
+        "schema_version": schemas.SCHEMA_VERSION,
+        "versions": _versions(),
+        "config": run.config.model_dump(mode="json"),
+        "weights": {
+            "model": run.model,
+            "sha256": run.weights.sha256,
+            "licence": run.weights.card.licence,
+        },
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    names = ("topiq", "ray", "torch", "torchvision", "av", "pyarrow", "pillow", "duckdb")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    codec = av.library_versions["libavcodec"]
+    return found | {"libavcodec": ".".join(map(str, codec))}
+
+
+def _write_record(output: Output, record: dict[str, Any]) -> None:
+    """As run.json, the latest run's, and under runs/ for good: rows name the run they are of."""
+    text = json.dumps(record, indent=2) + "\n"
+    output.write_text(text, "run.json")
+    if "run_id" in record:
+        output.write_text(text, "runs", f"{record['run_id']}.json")

@@ -1,0 +1,142 @@
+"""The tables of an output folder, as Arrow schemas. docs/schema.md is the contract in words."""
+
+import re
+
+import pyarrow as pa
+
+from pipeline import pooling
+
+SCHEMA_VERSION = "1"
+
+_ITEM = [
+    pa.field("item_id", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("kind", pa.string()),
+    pa.field("model", pa.string(), nullable=False),
+]
+
+_FACTS = [
+    pa.field("container", pa.string()),
+    pa.field("codec", pa.string()),
+    pa.field("profile", pa.string()),
+    pa.field("coded_width", pa.int32()),
+    pa.field("coded_height", pa.int32()),
+    pa.field("fps", pa.float64()),
+    pa.field("duration_s", pa.float64()),
+    pa.field("bit_rate", pa.int64()),
+    pa.field("pix_fmt", pa.string()),
+    pa.field("sample_aspect_ratio", pa.string()),
+    pa.field("n_video_streams", pa.int32()),
+    pa.field("field_order", pa.string()),
+    pa.field("size_bytes", pa.int64()),
+    pa.field("mtime", pa.float64()),
+    pa.field("etag", pa.string()),
+]
+
+FACT_NAMES = [f.name for f in _FACTS]
+
+FRAME_FORM = pa.struct(
+    [
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("pix_fmt", pa.string()),
+        pa.field("matrix", pa.string()),
+        pa.field("matrix_tagged", pa.bool_()),
+        pa.field("full_range", pa.bool_()),
+        pa.field("primaries", pa.int32()),
+        pa.field("transfer", pa.int32()),
+        pa.field("hdr", pa.string()),
+        pa.field("interlaced", pa.bool_()),
+        pa.field("rotation", pa.int32()),
+        pa.field("mirrored", pa.bool_()),
+    ]
+)
+
+
+def _versioned(fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={"topiq_schema_version": SCHEMA_VERSION})
+
+
+PLAN = _versioned(
+    [
+        pa.field("unit_id", pa.string(), nullable=False),
+        *_ITEM,
+        pa.field("unit_index", pa.int32(), nullable=False),
+        pa.field("n_units", pa.int32(), nullable=False),
+        pa.field("times_s", pa.list_(pa.float64())),
+        pa.field("weights_s", pa.list_(pa.float64())),
+        *_FACTS,
+        pa.field("code", pa.string()),
+        pa.field("message", pa.string()),
+    ]
+)
+"""plan/: one row per work unit. Columns of the manifest follow, if there was one."""
+
+OUTCOME = _versioned(
+    [
+        pa.field("unit_id", pa.string(), nullable=False),
+        *_ITEM,
+        pa.field("unit_index", pa.int32(), nullable=False),
+        pa.field("stage", pa.string()),
+        pa.field("code", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("pts_s", pa.list_(pa.float64())),
+        pa.field("score", pa.list_(pa.float32())),
+        pa.field("weight_s", pa.list_(pa.float64())),
+        pa.field("partial", pa.bool_(), nullable=False),
+        pa.field("n_missing", pa.int32(), nullable=False),
+        pa.field("frame", FRAME_FORM),
+        pa.field("decode_s", pa.float64()),
+        pa.field("score_s", pa.float64()),
+        pa.field("host", pa.string()),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("finished_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""frame_scores/ and failures/: what became of each work unit. One schema, two folders."""
+
+DECODED = pa.schema(
+    [f for f in OUTCOME if f.name not in ("score", "score_s")]
+    + [
+        pa.field("frames", pa.list_(pa.large_binary())),
+        pa.field("widths", pa.list_(pa.int32())),
+        pa.field("heights", pa.list_(pa.int32())),
+    ]
+)
+"""Between the decode and the score stage, in memory only: frames are uint8 RGB, row by row."""
+
+
+def scores(names: tuple[str, ...], extras: list[pa.Field]) -> pa.Schema:
+    """scores/: one row per item, with its poolings and the columns of the manifest."""
+    kinds = {"float": pa.float64(), "int": pa.int32()}
+    return _versioned(
+        [
+            *_ITEM,
+            *(pa.field(n, kinds[kind]) for n, kind in pooling.columns(names).items()),
+            pa.field("n_frames", pa.int32(), nullable=False),
+            pa.field("n_units", pa.int32(), nullable=False),
+            pa.field("n_units_failed", pa.int32(), nullable=False),
+            pa.field("n_missing", pa.int32(), nullable=False),
+            pa.field("partial", pa.bool_(), nullable=False),
+            pa.field("message", pa.string()),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            *(f for f in _FACTS if f.name not in ("coded_width", "coded_height")),
+            *(f for f in FRAME_FORM if f.name not in ("width", "height", "pix_fmt")),
+            pa.field("run_id", pa.string()),
+            *extras,
+        ]
+    )
+
+
+_RESERVED = frozenset(PLAN.names) | frozenset(OUTCOME.names) | frozenset(FRAME_FORM.names)
+_OURS = re.compile(r"score(_.*)?|worst_.*|n_.*|pts_s|frame_score|form")
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a manifest's own column of this name must give way to one of ours.
+
+    It then comes out as `manifest_NAME`. Case does not count.
+    """
+    return name.lower() in _RESERVED or _OURS.fullmatch(name.lower()) is not None

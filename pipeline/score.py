@@ -1,0 +1,310 @@
+"""score: work units to frame scores, streaming, committed as they are done.
+
+    plan/                one row per work unit
+       |  decode   CPU task pool,   1 unit -> 1 row: its frames, or why there are none
+       v
+    rows of frames       schemas.DECODED, in the object store, at most unit_bytes each
+       |  score    actor pool (GPU when there is one), 1 row -> 1 row without the frames
+       v
+    frame_scores/ and failures/    schemas.OUTCOME; Ray Data's checkpoint on unit_id is the commit
+
+A unit is done when its row is committed, in either folder; the same command then leaves it out.
+Rows are independent: no shuffle, no barrier, and what a unit's row holds depends on it alone.
+"""
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data.checkpoint import CheckpointConfig
+
+from pipeline import cluster, schemas
+from pipeline.config import Config
+from pipeline.errors import (
+    InternalError,
+    MediaError,
+    OutOfMemory,
+    RunError,
+    TooManyFailures,
+    TooSmall,
+)
+from pipeline.media import decode, image
+from pipeline.storage import Output
+from topiq_core.errors import FrameError
+from topiq_core.weights import Weights
+
+CHECKPOINT_DIR = "_checkpoint"
+# The folder that a row is written to, as a partition column of Ray Data's writer.
+_FOLDER = "folder"
+
+
+def run(
+    plan_path: str,
+    n_units: int,
+    output: Output,
+    config: Config,
+    weights: Weights,
+    shares: cluster.Shares,
+    monitor: Any,
+    run_id: str,
+) -> None:
+    """Score every planned unit that is not committed yet. Raises TooManyFailures, RunError."""
+    context = DataContext.get_current()
+    before = context.checkpoint_config
+    context.checkpoint_config = _checkpoint(output)
+    rows = max(1, min(config.units_per_commit, n_units // (2 * shares.decode_tasks)))
+    try:
+        units = ray.data.read_parquet(
+            plan_path,
+            filesystem=output.arrow_filesystem(),
+            columns=_PLAN_COLUMNS,
+            num_cpus=shares.light_cpus,
+        ).repartition(target_num_rows_per_block=rows)
+        outcomes = units.map_batches(
+            decode_units,
+            fn_args=(config, run_id),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=shares.decode_tasks),
+            num_cpus=shares.decode_cpus,
+            ray_remote_args_fn=cluster.bounded_retries,
+        ).map_batches(
+            ScoreUnits,
+            fn_constructor_args=(config, weights, shares, monitor),
+            batch_size=config.units_per_batch if shares.actor_gpus else None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=shares.score_actors),
+            **_actor_resources(shares),
+        )
+        outcomes.write_parquet(
+            output.path,
+            filesystem=output.arrow_filesystem(),
+            partition_cols=[_FOLDER],
+            partitioning_flavor=None,
+            mode="append",
+            schema=_written_schema(),
+            ray_remote_args={"num_cpus": shares.light_cpus},
+        )
+    except ray.exceptions.RayError as error:
+        raise cluster.run_error(error) from error
+    finally:
+        context.checkpoint_config = before
+
+
+_PLAN_COLUMNS = [
+    "unit_id", "item_id", "uri", "kind", "model", "unit_index", "times_s", "weights_s", "code",
+]  # fmt: skip
+
+
+def pending_writes(output: Output) -> tuple[str, ...]:
+    """Name prefixes of files that a killed run may have left half written.
+
+    Ray Data marks each write by a `.pending` file before it begins; the next run deletes what
+    belongs to it. Until then those files must not be read.
+    """
+    suffix = ".pending.parquet"
+    names = (path.rsplit("/", 1)[-1] for path in output.parquet_files(CHECKPOINT_DIR))
+    return tuple(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+
+
+def _checkpoint(output: Output) -> CheckpointConfig:
+    checkpoint = CheckpointConfig(
+        id_column="unit_id",
+        checkpoint_path=output.inside(CHECKPOINT_DIR),
+        delete_checkpoint_on_success=False,
+        override_filesystem=output.arrow_filesystem(),
+    )
+    checkpoint.checkpoint_actor_pool_max_size = 1
+    checkpoint.checkpoint_actor_memory_bytes = 128 << 20
+    return checkpoint
+
+
+def _actor_resources(shares: cluster.Shares) -> dict[str, Any]:
+    if shares.actor_gpus:
+        return {"num_gpus": shares.actor_gpus}
+    return {
+        "num_cpus": shares.actor_cpus,
+        "runtime_env": {"env_vars": cluster.CPU_SCORER_ENV},
+    }
+
+
+def _written_schema() -> pa.Schema:
+    return pa.schema(
+        [*schemas.OUTCOME, pa.field(_FOLDER, pa.string())], metadata=schemas.OUTCOME.metadata
+    )
+
+
+# --- decode stage -------------------------------------------------------------------------------
+
+
+def decode_units(units: pa.Table, config: Config, run_id: str) -> Iterator[pa.Table]:
+    """One row of frames, or of failure, for each planned unit."""
+    for unit in units.to_pylist():
+        if unit["code"] is None:  # those with a code failed at planning and are on record
+            yield _decode_unit(unit, config, run_id)
+
+
+def _decode_unit(unit: dict[str, Any], config: Config, run_id: str) -> pa.Table:
+    started = time.perf_counter()
+    row = {
+        **{name: unit[name] for name in ("unit_id", "item_id", "uri", "kind", "model")},
+        "unit_index": unit["unit_index"],
+        "attempt": 1,
+        "partial": False,
+        "n_missing": 0,
+        "host": socket.gethostname(),
+        "run_id": run_id,
+    }
+    found = decode.Decoded()
+    try:
+        found = _decode(unit, config)
+        row |= {
+            "partial": found.problem is not None,
+            "message": found.problem,
+            "n_missing": found.missing,
+            "pts_s": [shot.pts_s for shot in found.shots],
+            "weight_s": [shot.weight_s for shot in found.shots],
+            "frame": _form(found),
+        }
+    except MediaError as error:
+        row |= failure("decode", error)
+    except Exception as error:
+        wrapped = InternalError(f"{unit['uri']}: {type(error).__name__}: {error}")
+        row |= failure("decode", wrapped)
+    row["decode_s"] = time.perf_counter() - started
+    return _with_frames(row, found)
+
+
+def _decode(unit: dict[str, Any], config: Config) -> decode.Decoded:
+    if unit["kind"] == "image":
+        rgb = image.decode(unit["uri"], config.max_pixels, config.alpha)
+        return decode.Decoded([decode.Shot(0.0, unit["weights_s"][0], rgb)])
+    limits = decode.Limits(config.max_pixels, 2 * config.unit_bytes)
+    return decode.decode_at(unit["uri"], unit["times_s"], unit["weights_s"], limits)
+
+
+def _form(found: decode.Decoded) -> dict[str, Any]:
+    height, width = found.shots[0].rgb.shape[:2]
+    return {"width": width, "height": height, **(asdict(found.look) if found.look else {})}
+
+
+def _with_frames(row: dict[str, Any], found: decode.Decoded) -> pa.Table:
+    """A table of one row; the pixels are laid end to end once and then never copied again."""
+    frames = [shot.rgb for shot in found.shots]
+    ends = np.cumsum([0, *(f.nbytes for f in frames)], dtype=np.int64)
+    pixels = np.empty(int(ends[-1]), dtype=np.uint8)
+    for start, frame in zip(ends, frames, strict=False):
+        pixels[start : start + frame.nbytes] = frame.reshape(-1)
+    found.shots.clear()
+    blobs = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(frames), [None, pa.py_buffer(ends), pa.py_buffer(pixels)]
+    )
+    plain = pa.schema([f for f in schemas.DECODED if f.name not in ("frames", "widths", "heights")])
+    table = pa.Table.from_pylist([row], schema=plain)
+    lists = {
+        "frames": pa.ListArray.from_arrays(pa.array([0, len(frames)], pa.int32()), blobs),
+        "widths": pa.array([[f.shape[1] for f in frames]], pa.list_(pa.int32())),
+        "heights": pa.array([[f.shape[0] for f in frames]], pa.list_(pa.int32())),
+    }
+    for name, column in lists.items():
+        table = table.append_column(schemas.DECODED.field(name), column)
+    return table
+
+
+def failure(stage: str, error: MediaError) -> dict[str, Any]:
+    """The columns that say why a unit failed."""
+    return {"stage": stage, "code": error.code, "message": str(error)}
+
+
+# --- score stage --------------------------------------------------------------------------------
+
+
+class ScoreUnits:
+    """An actor that holds the model. Rows of frames in, the same rows with scores out."""
+
+    def __init__(
+        self, config: Config, weights: Weights, shares: cluster.Shares, monitor: Any
+    ) -> None:
+        import torch
+
+        from topiq_core.scorer import Scorer
+
+        torch.set_num_threads(shares.threads)
+        self.scorer = Scorer.load(
+            config.model,
+            weights=config.weights,
+            # A GPU that was booked but does not work must be an error, not a slow night on CPUs.
+            device="cuda" if shares.actor_gpus else "cpu",
+            precision=config.precision,
+            verify=config.verify_weights,
+        )
+        if self.scorer.sha256 != weights.sha256:
+            raise RunError(f"{weights.card.name}: this node has other weights than the driver.")
+        self.monitor = monitor
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Frames of all rows are scored together, so that sizes batch across videos."""
+        rows = batch.drop_columns(["frames", "widths", "heights"]).to_pylist()
+        views = [list(_frames(batch, index)) for index in range(batch.num_rows)]
+        started = time.perf_counter()
+        results = self._score_rows(views)
+        seconds = time.perf_counter() - started
+        total = sum(len(v) for v in views) or 1
+        for row, frames, result in zip(rows, views, results, strict=True):
+            row["score_s"] = seconds * len(frames) / total
+            row["finished_at"] = datetime.now(UTC)
+            if isinstance(result, MediaError):
+                row |= {"pts_s": None, "weight_s": None, "score": None}
+                row |= failure("score", result)
+                row["message"] = f"{row['uri']}: {result}"
+            elif row["code"] is None:
+                row["score"] = result
+            self._report(row)
+            row[_FOLDER] = "failures" if row["code"] else "frame_scores"
+            yield pa.Table.from_pylist([row], schema=_written_schema())
+
+    def _score_rows(self, views: list[list[Any]]) -> list[Any]:
+        """Scores of each row's frames; when that fails, row by row, to find the one at fault."""
+        flat = [frame for frames in views for frame in frames]
+        try:
+            scores = self.scorer.score(flat)
+            if not np.isfinite(scores).all():
+                raise ArithmeticError("the network gave a score that is not a number")
+        except Exception as error:
+            if len(views) == 1:
+                return [_as_media_error(error)]
+            return [self._score_rows([frames])[0] for frames in views]
+        ends = np.cumsum([len(v) for v in views])
+        return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
+
+    def _report(self, row: dict[str, Any]) -> None:
+        if row["code"] is None:
+            self.monitor.scored.remote(len(row["score"]))
+        elif ray.get(self.monitor.failed.remote(row["uri"], row["code"], row["message"])):
+            raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
+
+
+def _frames(batch: pa.Table, index: int) -> Iterator[Any]:
+    """The frames of a row as uint8 [H,W,3], views of the batch's own memory."""
+    blobs = batch["frames"][index].values
+    if blobs is None:
+        return
+    widths, heights = batch["widths"][index].as_py(), batch["heights"][index].as_py()
+    for blob, width, height in zip(blobs, widths, heights, strict=True):
+        yield np.frombuffer(blob.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
+
+
+def _as_media_error(error: Exception) -> MediaError:
+    if isinstance(error, FrameError):
+        return TooSmall(str(error))
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return OutOfMemory("scoring one frame needs more memory than there is; lower max_pixels.")
+    return InternalError(f"scoring: {type(error).__name__}: {error}")

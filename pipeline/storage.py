@@ -1,0 +1,206 @@
+"""Files and objects by URL, local or remote, through fsspec."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import AccessDenied, MediaError, NotFound, OutputError, StorageError
+
+# Up to this size a remote object is fetched in one request; above it, read in ranges.
+WHOLE_FETCH_BYTES = 64 << 20
+READ_AHEAD_BYTES = 5 << 20
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What tells whether an object has changed. `mtime` in seconds; absent parts are None."""
+
+    size_bytes: int
+    mtime: float | None
+    etag: str | None
+
+
+def locate(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL or local path, and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs, str(path)
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL or path lies on this machine's own file system."""
+    return isinstance(locate(url)[0], LocalFileSystem)
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; any other URL as it is."""
+    if "://" in url and not url.startswith("file://"):
+        return url
+    return str(Path(url.removeprefix("file://")).absolute())
+
+
+def join(base: str, *parts: str) -> str:
+    """A path below a URL or local folder."""
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def unstrip(fs: Any, path: str) -> str:
+    """The full address of a path as a file system lists it: a bare path when local."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def stat_from_info(info: dict[str, Any]) -> Stat:
+    """Size, time and etag from an fsspec listing entry."""
+    modified = next(
+        (info[k] for k in ("mtime", "LastModified", "last_modified") if k in info), None
+    )
+    if isinstance(modified, datetime):
+        modified = modified.timestamp()
+    mtime = float(modified) if isinstance(modified, int | float) else None
+    etag = info.get("ETag") or info.get("etag")
+    return Stat(int(info.get("size") or 0), mtime, str(etag).strip('"') if etag else None)
+
+
+def stat(url: str) -> Stat:
+    """Size, time and etag of one object. Raises MediaError."""
+    with _media_errors(url):
+        fs, path = locate(url)
+        info = fs.info(path)
+        if info["type"] == "directory":
+            raise NotFound(f"{url}: a folder, not a file.")
+        return stat_from_info(info)
+
+
+def read_head(url: str, count: int = 4096) -> bytes:
+    """The first bytes of an object. Raises MediaError."""
+    with _media_errors(url):
+        fs, path = locate(url)
+        with fs.open(path, "rb", block_size=max(count, 65536), cache_type="none") as file:
+            return bytes(file.read(count))
+
+
+@contextlib.contextmanager
+def open_media(url: str) -> Iterator[str | IO[bytes]]:
+    """Something a decoder can open: a local path, or a seekable file object. Raises MediaError."""
+    with _media_errors(url):
+        fs, path = locate(url)
+        if isinstance(fs, LocalFileSystem):
+            with Path(path).open(
+                "rb"
+            ):  # absent and forbidden files fail here, with their own names
+                pass
+            source: str | IO[bytes] = path
+        elif fs.size(path) <= WHOLE_FETCH_BYTES:
+            source = io.BytesIO(fs.cat_file(path))
+        else:
+            source = fs.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+    try:
+        yield source
+    finally:
+        if not isinstance(source, str):
+            source.close()
+
+
+@contextlib.contextmanager
+def _media_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(f"{url}: no such file or object.") from error
+    except PermissionError as error:
+        raise AccessDenied(f"{url}: reading is not permitted. Check its access rights.") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise StorageError(f"{url}: cannot be read ({error}).") from error
+
+
+class Output:
+    """The output folder: a URL that all workers can reach."""
+
+    def __init__(self, url: str) -> None:
+        self.url = absolute(url)
+        self.fs, self.path = locate(self.url)
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def create(self) -> None:
+        """Make the folder. Raises OutputError."""
+        try:
+            self.fs.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.url}: cannot be created ({error}).") from error
+
+    def names(self) -> list[str]:
+        """Names of what is in the folder; none when it does not exist, as in an object store."""
+        try:
+            found = self.fs.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return []
+        return [name for path in found if (name := str(path).rstrip("/").rsplit("/", 1)[-1])]
+
+    def inside(self, *parts: str) -> str:
+        """The path of something in the folder, for `fs`."""
+        return join(self.path, *parts)
+
+    def arrow_filesystem(self) -> Any:
+        """The same file system for pyarrow and Ray Data."""
+        if self.local:
+            return pafs.LocalFileSystem()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+
+    def parquet_files(self, *parts: str) -> list[str]:
+        """The Parquet files directly in a folder, sorted; none when it does not exist."""
+        self.fs.invalidate_cache()
+        found = self.fs.glob(join(self.inside(*parts), "*.parquet"))
+        return sorted(str(path) for path in found)
+
+    @contextlib.contextmanager
+    def publish(self, *parts: str) -> Iterator[Path]:
+        """A local path to write to; what is there at the end replaces the target in one step.
+
+        When the body raises, the target stays as it was and nothing is left behind.
+        """
+        target = self.inside(*parts)
+        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        folder = Path(target).parent if self.local else None
+        handle, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            if self.local:
+                partial.chmod(0o644)
+                partial.replace(target)
+            else:
+                self.fs.put_file(str(partial), target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def write_text(self, text: str, *parts: str) -> None:
+        """Replace a small text file in one step."""
+        with self.publish(*parts) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def read_text(self, *parts: str) -> str | None:
+        """A small text file, or None when there is none."""
+        try:
+            return str(self.fs.read_text(self.inside(*parts), encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def parquet_writer(self, schema: pa.Schema, *parts: str) -> Iterator[pq.ParquetWriter]:
+        """Write one Parquet file, published in one step when the body ends well."""
+        with self.publish(*parts) as path, pq.ParquetWriter(path, schema, compression="zstd") as w:
+            yield w

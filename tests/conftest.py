@@ -1,0 +1,47 @@
+"""Media that the tests make themselves, and where the optional test data lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported. Idle threads that spin make everything crawl on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from jobs.sample_media import encode, landscape, pan
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The project's larger test data: $TOPIQ_TEST_DATA, else ../shared/data."""
+    found = Path(os.environ.get("TOPIQ_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
+    if not found.is_dir():
+        pytest.skip("real test media are absent: set TOPIQ_TEST_DATA to their folder")
+    return found
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One short clip per codec and container, 96x64, 40 frames at 25 a second, 12 to a GOP."""
+    folder = tmp_path_factory.mktemp("clips")
+    kinds = {
+        "h264.mp4": ("libx264", {"bf": "2", "crf": "20"}),
+        "h264.mkv": ("libx264", {"bf": "2", "crf": "20"}),
+        "h264.ts": ("libx264", {"crf": "20"}),
+        "h264.flv": ("libx264", {"crf": "20"}),
+        "hevc.mp4": ("libx265", {"x265-params": "log-level=0"}),
+        "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+        "av1.mp4": ("libsvtav1", {"preset": "11"}),
+        "mpeg4.avi": ("mpeg4", {}),
+        "mpeg2.mpg": ("mpeg2video", {}),
+    }
+    return {
+        name: encode(folder / name, pan(64, 96, 40, seed=1), codec, options=options)
+        for name, (codec, options) in kinds.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A generated picture, uint8 RGB [80, 120, 3]."""
+    return landscape(80, 120, seed=5)

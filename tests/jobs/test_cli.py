@@ -1,0 +1,176 @@
+"""The command line as people run it: processes, exit codes, what is printed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.sample_media import landscape
+
+MODEL = "cfanet_lite_nr"
+
+
+def topiq(*args, module=None):
+    command = [sys.executable, "-m", f"jobs.{module}" if module else "jobs", *map(str, args)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("catalog")
+    for index in range(3):
+        Image.fromarray(landscape(64, 96, seed=index)).save(folder / f"{index}.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff but no more")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, folder):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    return out, topiq("score", folder, "--output", out, "--json")
+
+
+def test_some_failed_items_exit_with_2_and_are_counted(scored):
+    out, done = scored
+    assert done.returncode == 2, done.stderr
+    record = json.loads((out / "run.json").read_text())
+    assert (record["summary"]["scored"], record["summary"]["failed"]) == (3, 1)
+
+
+def test_json_is_one_object_per_event_and_nothing_else_on_stdout(scored):
+    _, done = scored
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["event"] == "run_started"
+    assert events[-1]["event"] == "finished"
+    assert events[-1]["failed_by_code"] == {"decode_error": 1}
+    assert all(isinstance(e["time"], float) for e in events)
+    documented = (Path(__file__).parents[2] / "docs/events.md").read_text()
+    for event in events:
+        assert f"`{event['event']}`" in documented
+        for field in event:
+            assert f"`{field}`" in documented, f"{event['event']}.{field} is not documented"
+
+
+def test_all_scored_exits_with_0_and_says_where(tmp_path, folder):
+    done = topiq(folder / "0.png", "--output", tmp_path / "out", module="score")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert f"scores/{MODEL}.parquet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["score", "/no/such/folder", "-o", "OUT"], "/no/such/folder"),
+        (["score", "HERE", "-o", "OUT", "--sample", "fps:0"], "fps:0"),
+        (["score", "HERE", "-o", "OUT", "--model", "topiq_xl"], "topiq_xl"),
+        (["score", "HERE", "-o", "OUT", "--set", "colour=red"], "colour"),
+        (["score", "HERE", "-o", "OUT", "--model", "topiq_nr", "--weights", "/gone.pth"], "gone"),
+        (["filter", "OUT", "--where", "true", "--to", "OUT/keep.txt"], "keep.txt"),
+        (["aggregate", "OUT"], "topiq score"),
+        (["score", "HERE", "-o", "OUT", "--set", "a=["], "YAML"),
+    ],
+)
+def test_a_user_error_is_one_clear_line_and_exit_code_1(tmp_path, folder, arguments, said):
+    places = {"HERE": str(folder), "OUT": str(tmp_path / "out")}
+    done = topiq(
+        *[a.replace("OUT", places["OUT"]).replace("HERE", places["HERE"]) for a in arguments]
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_filter_keeps_what_the_condition_says_and_counts_it(scored, tmp_path):
+    out, _ = scored
+    best = duckdb.sql(f"SELECT max(score) FROM '{out}/scores/*.parquet'").fetchall()[0][0]
+    for suffix in ("parquet", "csv", "jsonl"):
+        keep = tmp_path / f"keep.{suffix}"
+        done = topiq("filter", out, "--where", f"score >= {best!r} and width = 96", "--to", keep)
+        assert done.returncode == 0, done.stderr
+        assert "kept 1 of 3" in done.stderr
+        assert duckdb.sql(f"SELECT count(uri) FROM '{keep}'").fetchall() == [(1,)]
+
+
+def test_a_wrong_condition_is_one_line_and_leaves_no_file(scored, tmp_path):
+    out, _ = scored
+    done = topiq("filter", out, "--where", "sharpness > 1", "--to", tmp_path / "keep.csv")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "sharpness" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_condition_cannot_read_or_write_other_files(scored, tmp_path):
+    out, _ = scored
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    where = f"score > (SELECT max(a) FROM read_csv('{tmp_path}/secret.csv')) - 5"
+    done = topiq("filter", out, "--where", where, "--to", tmp_path / "keep.csv")
+    assert done.returncode == 1
+    assert not (tmp_path / "keep.csv").exists()
+
+
+def test_a_kept_manifest_can_be_scored_again(scored, tmp_path):
+    out, _ = scored
+    topiq("filter", out, "--where", "true", "--to", tmp_path / "keep.parquet")
+    done = topiq("score", tmp_path / "keep.parquet", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    again = pq.read_table(tmp_path / "out/scores" / f"{MODEL}.parquet")
+    assert again.num_rows == 3
+    assert again["manifest_score"].to_pylist() == again["score"].to_pylist()
+
+
+def test_aggregate_pools_anew_without_scoring(scored, tmp_path):
+    out, _ = scored
+    shutil.copytree(out, tmp_path / "copy")
+    done = topiq("aggregate", tmp_path / "copy", "--set", "pooling=[mean,p25]")
+    assert done.returncode == 0, done.stderr
+    names = pq.read_schema(tmp_path / "copy/scores" / f"{MODEL}.parquet").names
+    assert "score_p25" in names
+    assert "score_p5" not in names
+
+
+def test_plan_estimates_without_scoring(tmp_path, folder):
+    done = topiq("plan", folder, "-o", tmp_path / "out", "--estimate", "--gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert "3 items, 3 frames" in done.stdout
+    assert "megapixels a second" in done.stdout
+    assert "on 2 devices" in done.stdout
+    assert not (tmp_path / "out/frame_scores").exists()
+
+
+def test_an_estimate_can_use_the_speed_of_an_earlier_run(scored, tmp_path, folder):
+    out, _ = scored
+    done = topiq(
+        "plan", folder, "-o", tmp_path / "out", "--estimate", "--speed-from", out / "run.json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run.json" in done.stdout
+
+
+def test_a_wrong_command_line_is_not_mistaken_for_failed_items():
+    done = topiq("score", "--no-such-option")
+    assert done.returncode == 1
+    assert "no-such-option" in done.stderr
+
+
+def test_help_lists_every_verb():
+    done = topiq("--help")
+    assert done.returncode == 0
+    for verb in ("score", "plan", "aggregate", "filter", "train"):
+        assert verb in done.stdout

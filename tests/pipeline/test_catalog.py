@@ -1,0 +1,110 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import catalog
+from pipeline.errors import CatalogError
+
+
+def uris(found):
+    return found.table["uri"].to_pylist()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.mp4", "a.jpg", "sub/c.mkv", "notes.txt", ".hidden.mp4", ".git/d.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def test_a_folder_is_listed_recursively_sorted_without_hidden_files(folder):
+    found = catalog.read(str(folder))
+    assert uris(found) == [str(folder / n) for n in ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv")]
+    assert found.table["explicit"].to_pylist() == [True, True, False, True]
+
+
+def test_a_glob_takes_what_matches(folder):
+    assert uris(catalog.read(f"{folder}/*.mp4")) == [str(folder / "b.mp4")]
+    assert uris(catalog.read(f"{folder}/**/*.mkv")) == [str(folder / "sub/c.mkv")]
+
+
+def test_one_file_is_a_catalog(folder):
+    found = catalog.read(str(folder / "notes.txt"))
+    assert uris(found) == [str(folder / "notes.txt")]
+    assert found.table["explicit"].to_pylist() == [True]
+
+
+@pytest.mark.parametrize("name", ["absent", "absent/*.mp4"])
+def test_nothing_there_is_an_error_that_names_it(tmp_path, name):
+    with pytest.raises(CatalogError, match="absent"):
+        catalog.read(str(tmp_path / name))
+
+
+def write_manifest(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        lines = [",".join(rows[0])] + [",".join(str(v) for v in row.values()) for row in rows]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "ndjson"])
+def test_a_manifest_keeps_its_order_and_its_columns(tmp_path, suffix):
+    rows = [
+        {"uri": "z.mp4", "split": "train", "score": 3},
+        {"uri": "/abs/a.mp4", "split": "test", "score": 4},
+        {"uri": "s3://bucket/key.mp4", "split": "train", "score": 5},
+    ]
+    found = catalog.read(write_manifest(tmp_path / f"list.{suffix}", rows))
+    assert uris(found) == [str(tmp_path / "z.mp4"), "/abs/a.mp4", "s3://bucket/key.mp4"]
+    assert found.table["split"].to_pylist() == ["train", "test", "train"]
+    # `score` is ours; the user's own comes out under another name, not lost.
+    assert found.table["manifest_score"].to_pylist() == [3, 4, 5]
+
+
+def test_no_column_of_a_manifest_collides_with_ours(tmp_path):
+    names = ["Score", "URI", "pts_s", "score_p25", "worst_1s_start_s", "Width", "n_known", "code"]
+    row = {"uri": "a.mp4", **dict.fromkeys(names, 1), "label": 2}
+    found = catalog.read(write_manifest(tmp_path / "list.jsonl", [row]))
+    assert found.table.column_names == [
+        "uri", "explicit", *(f"manifest_{n}" for n in names), "label",
+    ]  # fmt: skip
+
+
+def test_an_item_named_twice_is_one_item_and_counted(tmp_path):
+    rows = [{"uri": "a.mp4", "n": 1}, {"uri": "b.mp4", "n": 2}, {"uri": "./a.mp4", "n": 3}]
+    found = catalog.read(write_manifest(tmp_path / "list.csv", rows))
+    assert uris(found) == [str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")]
+    assert found.table["n"].to_pylist() == [1, 2]
+    assert found.duplicates == 1
+
+
+def test_a_manifest_without_uri_is_refused_with_its_columns(tmp_path):
+    with pytest.raises(CatalogError, match="path"):
+        catalog.read(write_manifest(tmp_path / "list.csv", [{"path": "a.mp4"}]))
+
+
+def test_an_empty_uri_is_refused_with_its_row(tmp_path):
+    with pytest.raises(CatalogError, match="row 2"):
+        catalog.read(write_manifest(tmp_path / "list.jsonl", [{"uri": "a"}, {"uri": ""}]))
+
+
+def test_a_broken_manifest_is_refused_by_name(tmp_path):
+    (tmp_path / "list.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(CatalogError, match=r"list\.parquet"):
+        catalog.read(str(tmp_path / "list.parquet"))
+
+
+def test_any_fsspec_url_can_be_listed():
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for name in ("/cat/x.mp4", "/cat/deep/y.jpg"):
+        fs.pipe(name, b"x")
+    assert uris(catalog.read("memory://cat")) == ["memory:///cat/deep/y.jpg", "memory:///cat/x.mp4"]

@@ -1,0 +1,375 @@
+"""Whole runs on real media, with a real Ray."""
+
+import json
+import shutil
+
+import av
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.sample_media import encode, landscape, pan
+from pipeline import aggregate, run, schemas
+from pipeline.config import Config
+from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
+from pipeline.pooling import DEFAULT_POOLING
+from pipeline.storage import Output
+
+MODEL = "cfanet_lite_nr"
+
+
+class Recorder:
+    """Keeps the events of a run."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, name, **fields):
+        json.dumps(fields)  # every event must survive --json
+        self.events.append((name, fields))
+
+    def names(self):
+        return [name for name, _ in self.events]
+
+
+def score_into(source, out, **options):
+    events = Recorder()
+    summary = run.score_catalog(str(source), str(out), Config(**options), events)
+    return summary, events
+
+
+def rows(out, table):
+    return duckdb.sql(f"SELECT * FROM '{out}/{table}/*.parquet'").to_arrow_table().to_pylist()
+
+
+def silent_audio(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=48000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 48000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clips):
+    """A catalog with something of everything; six items in it cannot be scored."""
+    folder = tmp_path_factory.mktemp("catalog")
+    for path in clips.values():
+        shutil.copy(path, folder)
+    photo = Image.fromarray(landscape(120, 160, seed=2))
+    photo.save(folder / "photo.jpg", quality=90)
+    photo.save(folder / "photo.dat", format="PNG")
+    photo.rotate(90, expand=True).save(folder / "tall.webp")
+    (folder / "notes.txt").write_text("not media, and nobody said that it was\n")
+    (folder / "text.mp4").write_text("not a video\n")
+    (folder / "empty.mp4").touch()
+    whole = clips["h264.mp4"].read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "half.jpg").write_bytes((folder / "photo.jpg").read_bytes()[:1500])
+    silent_audio(folder / "audio.mp4")
+    Image.new("1", (9000, 6000)).save(folder / "huge.png")
+    return folder
+
+
+FAILURES = {
+    "text.mp4": ("plan", "not_media"),
+    "empty.mp4": ("plan", "not_media"),
+    "truncated.mp4": ("plan", "decode_error"),
+    "audio.mp4": ("plan", "no_video_stream"),
+    "huge.png": ("plan", "too_large"),
+    "half.jpg": ("decode", "decode_error"),
+}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, folder):
+    out = tmp_path_factory.mktemp("outputs") / "out"
+    summary, events = score_into(folder, out, sample="uniform:3")
+    return out, summary, events
+
+
+def name_of(row):
+    return row["uri"].rsplit("/", 1)[1]
+
+
+def test_every_item_is_scored_or_failed_and_none_is_both(scored, folder):
+    out, summary, _ = scored
+    good = {name_of(r) for r in rows(out, "scores")}
+    bad = {name_of(r) for r in rows(out, "failures")}
+    media = {p.name for p in folder.iterdir()} - {"notes.txt"}
+    assert good | bad == media
+    assert not good & bad
+    assert (summary.items, summary.scored, summary.failed) == (len(media), len(good), len(bad))
+    assert summary.skipped == 1
+    planned = {r["unit_id"] for r in rows(out, "plan")}
+    done = [r["unit_id"] for t in ("frame_scores", "failures") for r in rows(out, t)]
+    assert sorted(done) == sorted(planned)
+
+
+def test_failures_have_a_stage_a_code_and_a_message_that_names_the_file(scored):
+    out, summary, _ = scored
+    found = {name_of(r): (r["stage"], r["code"]) for r in rows(out, "failures")}
+    assert found == FAILURES
+    for row in rows(out, "failures"):
+        assert row["uri"] in row["message"]
+        assert row["score"] is None
+        assert row["attempt"] == 1
+    assert summary.failed_by_code == {
+        code: sum(c == code for _, c in FAILURES.values())
+        for code in dict.fromkeys(summary.failed_by_code)
+    }
+
+
+def test_an_item_score_is_the_mean_of_its_frames(scored):
+    out, _, _ = scored
+    frames = {r["item_id"]: r for r in rows(out, "frame_scores")}
+    for row in rows(out, "scores"):
+        unit = frames[row["item_id"]]
+        assert row["n_frames"] == len(unit["score"]) == len(unit["pts_s"])
+        assert row["score"] == pytest.approx(np.mean(unit["score"]), abs=1e-6)
+        assert row["score_min"] == pytest.approx(min(unit["score"]))
+        assert np.isfinite(row["score"])
+
+
+def test_scores_carry_the_facts_of_the_media(scored, folder):
+    out, _, _ = scored
+    by_name = {name_of(r): r for r in rows(out, "scores")}
+    clip = by_name["h264.mp4"]
+    assert (clip["kind"], clip["codec"], clip["container"]) == ("video", "h264", "mov")
+    assert (clip["width"], clip["height"], clip["fps"]) == (96, 64, 25.0)
+    assert clip["duration_s"] == pytest.approx(1.6, abs=0.05)
+    assert clip["size_bytes"] == (folder / "h264.mp4").stat().st_size
+    assert (clip["matrix"], clip["matrix_tagged"], clip["model"]) == ("bt601", False, MODEL)
+    tall = by_name["tall.webp"]
+    assert (tall["kind"], tall["codec"], tall["width"], tall["height"]) == (
+        "image", "webp", 120, 160,
+    )  # fmt: skip
+    assert by_name["photo.dat"]["codec"] == "png"
+
+
+def test_the_tables_have_the_declared_schemas(scored):
+    out, _, _ = scored
+    expected = {
+        "plan": schemas.PLAN,
+        "frame_scores": schemas.OUTCOME,
+        "failures": schemas.OUTCOME,
+        "scores": schemas.scores(DEFAULT_POOLING, []),
+    }
+    for name, schema in expected.items():
+        for path in (out / name).glob("*.parquet"):
+            found = pq.read_schema(path)
+            assert found.names == schema.names, path
+            assert found.types == schema.types, path
+            assert found.metadata[b"topiq_schema_version"] == b"1", path
+
+
+def test_the_record_of_the_run_says_what_was_done(scored):
+    out, summary, events = scored
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["summary"]["scored"] == summary.scored
+    assert record["config"]["sample"] == "uniform:3"
+    assert len(record["weights"]["sha256"]) == 64
+    assert record["summary"]["bottleneck"] in ("decode", "score")
+    assert events.names()[0] == "run_started"
+    assert events.names()[-1] == "finished"
+    failed = [fields["uri"] for name, fields in events.events if name == "item_failed"]
+    assert sorted(u.rsplit("/", 1)[1] for u in failed) == sorted(FAILURES)
+
+
+def test_nothing_but_the_output_is_left_behind(scored):
+    out, _, _ = scored
+    names = {p.name for p in out.iterdir()}
+    tables = {"plan", "frame_scores", "failures", "scores"}
+    assert names == tables | {"run.json", "runs", "_checkpoint"}
+    assert not [p for p in out.rglob("*") if "partial" in p.name or "pending" in p.name]
+
+
+def test_the_same_command_again_decodes_and_changes_nothing(scored, folder):
+    out, first, _ = scored
+    before = {p: p.stat().st_mtime_ns for p in (out / "frame_scores").iterdir()}
+    scores = rows(out, "scores")
+    again, _ = score_into(folder, out, sample="uniform:3")
+    assert again.frames_scored == 0
+    assert (again.scored, again.failed) == (first.scored, first.failed)
+    assert {p: p.stat().st_mtime_ns for p in (out / "frame_scores").iterdir()} == before
+    assert rows(out, "scores") == scores
+
+
+def test_new_and_changed_files_are_scored_and_the_rest_is_not(tmp_path, clips):
+    folder = tmp_path / "catalog"
+    folder.mkdir()
+    for name in ("h264.mp4", "vp9.webm"):
+        shutil.copy(clips[name], folder)
+    score_into(folder, tmp_path / "out", sample="uniform:2")
+    before = {name_of(r): r["score"] for r in rows(tmp_path / "out", "scores")}
+    encode(folder / "h264.mp4", pan(64, 96, 20, seed=9))
+    shutil.copy(clips["av1.mp4"], folder)
+    summary, _ = score_into(folder, tmp_path / "out", sample="uniform:2")
+    after = {name_of(r): r["score"] for r in rows(tmp_path / "out", "scores")}
+    assert summary.frames_scored == 4
+    assert set(after) == {"h264.mp4", "vp9.webm", "av1.mp4"}
+    assert after["vp9.webm"] == before["vp9.webm"]
+    assert after["h264.mp4"] != before["h264.mp4"]
+
+
+def test_other_sampling_replaces_scores_without_mixing(tmp_path, clips):
+    path = clips["h264.mp4"]
+    score_into(path, tmp_path / "out", sample="uniform:2")
+    summary, _ = score_into(path, tmp_path / "out", sample="every:10")
+    (row,) = rows(tmp_path / "out", "scores")
+    assert (summary.frames_scored, row["n_frames"]) == (4, 4)
+
+
+@pytest.fixture(scope="module")
+def all_frames(tmp_path_factory, clips):
+    """Every frame of one clip, scored alone."""
+    out = tmp_path_factory.mktemp("alone")
+    score_into(clips["h264.mp4"], out / "out", sample="all")
+    (row,) = rows(out / "out", "frame_scores")
+    return row
+
+
+def test_scores_do_not_depend_on_neighbours_or_on_batches(tmp_path, clips, all_frames):
+    folder = tmp_path / "fifty"
+    folder.mkdir()
+    for index in range(49):
+        picture = landscape(48 + 16 * (index % 3), 64, seed=index)
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    shutil.copy(clips["h264.mp4"], folder / "clip.mp4")
+    options = {"sample": "all", "unit_frames": 7, "units_per_commit": 2, "units_per_batch": 3}
+    score_into(folder, tmp_path / "out", **options)
+    units = [r for r in rows(tmp_path / "out", "frame_scores") if name_of(r) == "clip.mp4"]
+    assert len(units) >= 6
+    found = dict(pair for unit in units for pair in zip(unit["pts_s"], unit["score"], strict=True))
+    assert sorted(found) == all_frames["pts_s"]
+    for pts, value in zip(all_frames["pts_s"], all_frames["score"], strict=True):
+        assert found[pts] == pytest.approx(value, abs=1e-6)
+
+
+def test_units_of_one_item_are_pooled_together(tmp_path, clips, all_frames):
+    score_into(clips["h264.mp4"], tmp_path / "out", sample="all", unit_frames=7)
+    (row,) = rows(tmp_path / "out", "scores")
+    assert row["n_units"] >= 6
+    assert row["n_frames"] == 40
+    assert row["score"] == pytest.approx(np.mean(all_frames["score"]), abs=1e-6)
+
+
+def test_columns_of_the_manifest_come_out_beside_the_scores(tmp_path, clips):
+    manifest = tmp_path / "list.csv"
+    manifest.write_text(
+        f"uri,split,score\n{clips['h264.mp4']},train,5\n{tmp_path}/gone.mp4,test,1\n"
+    )
+    summary, _ = score_into(manifest, tmp_path / "out", sample="uniform:1")
+    (row,) = rows(tmp_path / "out", "scores")
+    assert (row["split"], row["manifest_score"]) == ("train", 5)
+    assert summary.failed_by_code == {"not_found": 1}
+
+
+def test_a_video_that_breaks_off_is_scored_in_part_and_says_so(tmp_path):
+    whole = encode(tmp_path / "whole.mkv", pan(128, 192, 100), options={"crf": "10"}, gop=10)
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    summary, _ = score_into(tmp_path / "cut.mkv", tmp_path / "out", sample="uniform:10")
+    (row,) = rows(tmp_path / "out", "scores")
+    assert row["partial"]
+    assert 0 < row["n_frames"] < 10
+    assert row["n_frames"] + row["n_missing"] == 10
+    assert "missing" in row["message"]
+    assert (summary.scored, summary.partial, summary.failed) == (1, 1, 0)
+
+
+def test_more_failures_than_allowed_stop_the_run(tmp_path, folder):
+    bad = [folder / n for n in ("half.jpg", "photo.jpg")]
+    (tmp_path / "list.csv").write_text("uri\n" + "\n".join(map(str, bad)) + "\n")
+    with pytest.raises(TooManyFailures):
+        score_into(tmp_path / "list.csv", tmp_path / "out", fail_on_error=True)
+    assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
+    summary, _ = score_into(tmp_path / "list.csv", tmp_path / "out", max_failures=1)
+    assert (summary.scored, summary.failed) == (1, 1)
+
+
+def test_a_gpu_that_is_not_there_is_an_error_not_a_slow_night(tmp_path, clips):
+    with pytest.raises(RunError, match="no GPU"):
+        score_into(clips["h264.mp4"], tmp_path / "out", device="cuda")
+
+
+def test_a_full_reference_model_is_refused_before_anything_starts(tmp_path, clips):
+    from topiq_core import cards, weights
+    from topiq_core.cfanet import CFANet
+
+    shape = cards.Architecture("fr", "mobilenet_v2", inter_dim=8, heads=2, gate_dim=4)
+    card = cards.Card("tiny_fr", shape, "tiny_fr.safetensors", "", "none", "nothing")
+    weights.save(CFANet(shape), card, tmp_path / "tiny_fr.safetensors")
+    with pytest.raises(ConfigError, match="reference"):
+        score_into(clips["h264.mp4"], tmp_path / "out", model=str(tmp_path / "tiny_fr.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_live_side_by_side_in_one_output(tmp_path, clips):
+    from topiq_core import cards, weights
+    from topiq_core.cfanet import CFANet
+
+    shape = cards.Architecture("nr", "mobilenet_v2", inter_dim=8, heads=2, gate_dim=4)
+    card = cards.Card("tiny", shape, "tiny.safetensors", "", "none", "nothing")
+    weights.save(CFANet(shape), card, tmp_path / "tiny.safetensors")
+    out = tmp_path / "out"
+    score_into(clips["h264.mp4"], out, sample="uniform:2")
+    score_into(clips["h264.mp4"], out, sample="uniform:2", model=str(tmp_path / "tiny.safetensors"))
+    assert sorted(r["model"] for r in rows(out, "scores")) == [MODEL, "tiny"]
+    assert sorted(r["model"] for r in rows(out, "frame_scores")) == [MODEL, "tiny"]
+
+
+def test_a_catalog_without_media_is_an_error(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("nothing to see")
+    with pytest.raises(CatalogError, match="no image and no video"):
+        score_into(tmp_path / "notes", tmp_path / "out")
+
+
+def test_a_half_written_file_of_a_killed_run_is_cleaned_up(tmp_path, clips):
+    out = tmp_path / "out"
+    score_into(clips["h264.mp4"], out, sample="uniform:2")
+    scores = rows(out, "scores")
+    (written,) = (out / "frame_scores").iterdir()
+    (committed,) = (out / "_checkpoint").iterdir()
+    # As a kill between the beginning of a write and its commit leaves them.
+    written.write_bytes(written.read_bytes()[:100])
+    committed.rename(committed.with_name(committed.stem + ".pending.parquet"))
+    summary, _ = score_into(clips["h264.mp4"], out, sample="uniform:2")
+    assert summary.frames_scored == 2
+    assert [r["score"] for r in rows(out, "scores")] == [r["score"] for r in scores]
+    assert not [p for p in out.rglob("*") if "pending" in p.name]
+
+
+def test_a_folder_with_something_else_in_it_is_not_written_to(tmp_path, clips):
+    (tmp_path / "thesis.doc").write_text("precious")
+    with pytest.raises(OutputError, match=r"thesis\.doc"):
+        score_into(clips["h264.mp4"], tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.doc"]
+
+
+def test_lost_units_are_a_run_error_not_a_smaller_table(tmp_path, clips):
+    score_into(clips["h264.mp4"], tmp_path / "out", sample="all", unit_frames=10)
+    before = (tmp_path / "out/scores" / f"{MODEL}.parquet").read_bytes()
+    lost = sorted((tmp_path / "out/frame_scores").iterdir())[0]
+    lost.unlink()
+    with pytest.raises(RunError, match="neither scored nor failed"):
+        aggregate.run(Output(str(tmp_path / "out")), MODEL, DEFAULT_POOLING)
+    assert (tmp_path / "out/scores" / f"{MODEL}.parquet").read_bytes() == before
+
+
+def test_real_clips_are_scored_or_failed_for_a_reason(tmp_path, data_dir):
+    """Every real clip is scored; every corrupt one fails for a reason or is partly scored."""
+    summary, _ = score_into(data_dir / "clips", tmp_path / "clips", sample="uniform:1")
+    assert (summary.scored, summary.failed, summary.partial) == (47, 0, 0)
+    summary, _ = score_into(data_dir / "corrupt", tmp_path / "corrupt", sample="uniform:2")
+    assert summary.items == 20
+    codes = {r["code"] for r in rows(tmp_path / "corrupt", "failures")}
+    assert codes <= {
+        "decode_error", "encrypted", "no_frames", "no_video_stream", "unsupported_codec",
+    }  # fmt: skip
+    for row in rows(tmp_path / "corrupt", "scores"):
+        assert name_of(row).split("__")[-1] in ("sample_with_invalid_nalu.mp4", "corrupted.mp4")

@@ -1,0 +1,282 @@
+"""What `Scorer` promises about the frames it takes and the scores it returns."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from golden.parameters import fill, noisy, picture
+from PIL import Image
+
+from topiq_core.cards import Architecture, Card
+from topiq_core.cfanet import CFANet
+from topiq_core.errors import CardError, FrameError
+from topiq_core.scorer import Scorer, _halving_on_oom, resized
+
+SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64), (48, 80), (33, 32)]
+FRAMES = [picture(seed, *size) for seed, size in enumerate(SIZES)]
+STACK = np.stack([picture(seed, 64, 48) for seed in range(4)])
+
+
+class InBatches(Scorer):
+    """Takes several frames at once on a CPU too, as a GPU does."""
+
+    def _batch_size(self, *_):
+        return 5
+
+
+def small(mode="nr", short_side=None, kind=Scorer):
+    """A small scorer, its parameters filled from their names: every frame has its own score."""
+    architecture = Architecture(mode, "mobilenet_v2", inter_dim=32, heads=2, gate_dim=8)
+    card = Card(f"small_{mode}", architecture, "", "", "", "", short_side=short_side)
+    return kind(fill(CFANet(architecture)), card, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def pair_scorer():
+    return small("fr")
+
+
+@pytest.fixture(scope="module")
+def alone(scorer):
+    """The score of each of FRAMES when nothing else is scored with it."""
+    scores = np.concatenate([scorer.score([frame]) for frame in FRAMES])
+    assert len(set(scores.tolist())) == len(FRAMES)
+    return scores
+
+
+def test_a_score_does_not_depend_on_the_other_frames(scorer, alone):
+    assert np.array_equal(scorer.score(FRAMES), alone)
+    assert np.array_equal(scorer.score(FRAMES[2:5]), alone[2:5])
+    assert np.array_equal(scorer.score([FRAMES[1]] * 3), alone[[1, 1, 1]])
+
+
+def test_scores_of_mixed_sizes_come_back_in_the_order_given(scorer, alone):
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(FRAMES))
+        assert np.array_equal(scorer.score([FRAMES[i] for i in order]), alone[order])
+
+
+def test_batched_scores_are_the_single_ones_in_the_order_given(alone):
+    scores = small(kind=InBatches).score(FRAMES)
+    assert np.abs(scores - alone).max() <= 2e-5
+
+
+def test_scores_are_float32_one_for_each_frame(scorer):
+    scores = scorer.score(STACK)
+    assert scores.dtype == np.float32
+    assert scores.shape == (4,)
+    assert np.isfinite(scores).all()
+
+
+def test_numpy_and_torch_stacks_and_lists_score_the_same(scorer):
+    expected = scorer.score(STACK)
+    for frames in (torch.from_numpy(STACK), list(STACK), list(torch.from_numpy(STACK))):
+        assert np.array_equal(scorer.score(frames), expected)
+
+
+def test_read_only_frames_are_scored_unchanged_and_without_a_warning(scorer):
+    frames = STACK.copy()
+    frames.setflags(write=False)
+    torch.set_warn_always(True)  # torch would warn of read-only memory once per process only
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            scores = scorer.score(frames)
+    finally:
+        torch.set_warn_always(False)
+    assert [str(w.message) for w in warned] == []
+    assert np.array_equal(scores, scorer.score(STACK))
+    assert np.array_equal(frames, STACK)
+
+
+def test_views_with_strides_of_any_sign_are_scored_as_their_contents(scorer):
+    views = [STACK[:, ::-1], STACK[:, :, ::-1], STACK[..., ::-1], STACK.transpose(0, 2, 1, 3)]
+    for view in views:
+        assert np.array_equal(scorer.score(view), scorer.score(view.copy()))
+
+
+def test_pairs_of_mixed_sizes_come_back_in_the_order_given(pair_scorer):
+    distorted = [noisy(frame, seed) for seed, frame in enumerate(FRAMES)]
+    pairs = zip(distorted, FRAMES, strict=True)
+    single = np.concatenate([pair_scorer.score_pairs([d], [r]) for d, r in pairs])
+    assert len(set(single.tolist())) == len(FRAMES)
+    assert np.array_equal(pair_scorer.score_pairs(distorted, FRAMES), single)
+    turned = pair_scorer.score_pairs(FRAMES, distorted)
+    assert not np.isclose(turned, single, rtol=0, atol=1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        (np.zeros((64, 64, 3), np.float32), "float32"),
+        (np.zeros((64, 64, 3), np.uint16), "uint16"),
+        (np.zeros((64, 64, 3), bool), "bool"),
+        (torch.zeros((64, 64, 3)), "float32"),
+        (np.zeros((64, 64, 4), np.uint8), "64, 64, 4"),
+        (np.zeros((64, 64, 1), np.uint8), "64, 64, 1"),
+        (np.zeros((3, 64, 64), np.uint8), "3, 64, 64"),
+        (np.zeros((64, 64), np.uint8), "64, 64"),
+        (np.zeros((31, 64, 3), np.uint8), "64x31"),
+        (np.zeros((64, 31, 3), np.uint8), "31x64"),
+        (np.zeros((0, 64, 3), np.uint8), "64x0"),
+    ],
+)
+@pytest.mark.parametrize("writeable", [True, False])
+def test_a_frame_that_is_not_uint8_rgb_of_32_pixels_is_named(scorer, frame, said, writeable):
+    if isinstance(frame, np.ndarray):
+        frame.setflags(write=writeable)
+    with pytest.raises(FrameError) as caught:
+        scorer.score([FRAMES[0], frame])
+    assert "frame 1" in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [object, ">u2"])
+def test_an_array_that_torch_has_no_type_for_is_a_frame_error(scorer, kind):
+    with pytest.raises(FrameError, match="frame 0"):
+        scorer.score([np.zeros((64, 64, 3), kind)])
+
+
+def test_a_frame_that_was_not_put_in_a_list_is_refused(scorer):
+    with pytest.raises(FrameError):
+        scorer.score(FRAMES[0])
+
+
+def test_frames_of_32_pixels_are_enough(scorer):
+    assert np.isfinite(scorer.score([picture(0, 32, 32)])).all()
+
+
+def test_unequal_numbers_of_distorted_and_reference_frames_are_refused(pair_scorer):
+    with pytest.raises(FrameError, match="2 distorted frames, 1 reference"):
+        pair_scorer.score_pairs([FRAMES[0], FRAMES[2]], [FRAMES[0]])
+
+
+def test_a_pair_of_two_sizes_is_refused_by_its_position_and_sizes(pair_scorer):
+    with pytest.raises(FrameError, match="pair 1: distorted is 80x48, reference is 48x80"):
+        pair_scorer.score_pairs([FRAMES[0], FRAMES[1]], [FRAMES[0], FRAMES[3]])
+
+
+def test_a_no_reference_model_refuses_pairs_and_says_what_to_call(scorer):
+    with pytest.raises(CardError, match=r"small_nr .* score\(\)"):
+        scorer.score_pairs([FRAMES[0]], [FRAMES[0]])
+
+
+def test_a_full_reference_model_refuses_single_frames_and_says_what_to_call(pair_scorer):
+    with pytest.raises(CardError, match=r"small_fr .* score_pairs\(\)"):
+        pair_scorer.score([FRAMES[0]])
+
+
+def test_an_unknown_precision_is_refused_by_name():
+    with pytest.raises(CardError, match="int3"):
+        Scorer.load(precision="int3")
+
+
+def test_no_frames_give_no_scores(scorer, pair_scorer):
+    nothing = np.empty((0, 64, 64, 3), np.uint8)
+    results = (scorer.score([]), scorer.score(nothing), pair_scorer.score_pairs(nothing, []))
+    for scores in results:
+        assert scores.dtype == np.float32
+        assert scores.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "expected"),
+    [
+        (1080, 1920, 384, (384, 682)),
+        (1920, 1080, 384, (682, 384)),
+        (97, 131, 384, (384, 518)),
+        (500, 500, 384, (384, 384)),
+        (384, 512, 384, (384, 512)),
+    ],
+)
+def test_the_shorter_side_becomes_the_cards_and_the_longer_one_is_truncated(
+    height, width, side, expected
+):
+    assert resized(height, width, side) == expected
+
+
+def test_a_larger_frame_is_averaged_down_to_the_cards_size_as_pillow_does_it():
+    """The golden pictures are all enlarged, which shows no difference without antialiasing."""
+    scorer = small(short_side=64)
+    frame = picture(7, 150, 233)
+    channels = [Image.fromarray(frame[..., c].astype(np.float32)) for c in range(3)]
+    shrunk = [np.asarray(c.resize((99, 64), Image.Resampling.BILINEAR)) for c in channels]
+    with torch.inference_mode():
+        expected = scorer.net(torch.from_numpy(np.stack(shrunk))[None] / 255)
+    assert float(scorer.score([frame])[0]) == pytest.approx(float(expected), abs=2e-5)
+
+
+@pytest.mark.parametrize("short_side", [None, 64])
+@pytest.mark.parametrize("size", [(40, 700), (700, 40)])
+def test_thin_images_are_scored(size, short_side):
+    scores = small(short_side=short_side).score([picture(1, *size), picture(2, *size)])
+    assert np.isfinite(scores).all()
+    assert scores[0] != scores[1]
+
+
+def test_thin_pairs_are_scored(pair_scorer):
+    reference = picture(1, 40, 700)
+    scores = pair_scorer.score_pairs([noisy(reference, 1), reference], [reference, reference])
+    assert np.isfinite(scores).all()
+    assert scores[0] != scores[1]
+
+
+def out_of_memory_above(limit, sizes):
+    """Negates its items; raises for more than `limit` of them as CUDA does. Notes every call."""
+
+    def run(part):
+        sizes.append(len(part))
+        if len(part) > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return np.array([-item for item in part], dtype=np.float32)
+
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+def test_a_batch_too_large_for_memory_is_halved_until_it_fits_and_keeps_its_order(count):
+    sizes = []
+    batch = list(range(10, 10 + count))
+    scores = _halving_on_oom(out_of_memory_above(2, sizes), batch)
+    assert scores.tolist() == [-item for item in batch]
+    assert sizes[0] == count
+    assert sum(size for size in sizes if size <= 2) == count
+
+
+def test_a_single_frame_that_does_not_fit_in_memory_raises():
+    sizes = []
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        _halving_on_oom(out_of_memory_above(0, sizes), [1, 2, 3, 4])
+    assert sizes == [4, 2, 1]
+
+
+def test_other_errors_of_a_batch_are_not_retried():
+    sizes = []
+
+    def run(part):
+        sizes.append(len(part))
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _halving_on_oom(run, [1, 2, 3, 4])
+    assert sizes == [4]
+
+
+def test_a_network_out_of_memory_still_scores_every_frame_in_order(alone):
+    scorer = small(kind=InBatches)
+    sizes = []
+
+    def refuse_more_than_one(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    scorer.net.register_forward_pre_hook(refuse_more_than_one)
+    assert np.array_equal(scorer.score(FRAMES), alone)
+    assert max(sizes) > 1

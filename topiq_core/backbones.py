@@ -1,0 +1,94 @@
+"""Feature pyramids: an image in, five feature maps out, fine to coarse.
+
+Each backbone keeps torchvision's own parameter names, so that a checkpoint's `semantic_model.*`
+entries are those of the torchvision model without its classifier.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2, resnet50
+
+
+def _freeze_batch_norm(module: nn.Module) -> None:
+    """Keep running statistics and affine parameters fixed, also while training."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.eval()
+            child.weight.requires_grad_(False)
+            child.bias.requires_grad_(False)
+
+
+class ResNet50Pyramid(nn.Module):
+    """ResNet-50: the stem and the four stages, at strides 2, 4, 8, 16 and 32."""
+
+    channels: Sequence[int] = (64, 256, 512, 1024, 2048)
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = resnet50(weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2 = net.layer1, net.layer2
+        self.layer3, self.layer4 = net.layer3, net.layer4
+
+    def train(self, mode: bool = True) -> "ResNet50Pyramid":
+        super().train(mode)
+        _freeze_batch_norm(self)
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Normalised image [N,3,H,W] to five maps [N,C_l,H/2^(l+1),W/2^(l+1)]."""
+        stem = self.relu(self.bn1(self.conv1(x)))
+        layer1 = self.layer1(self.maxpool(stem))
+        layer2 = self.layer2(layer1)
+        layer3 = self.layer3(layer2)
+        return [stem, layer1, layer2, layer3, self.layer4(layer3)]
+
+
+class MobileNetV2Pyramid(nn.Module):
+    """MobileNetV2, tapped after the last block at each of the strides 2, 4, 8, 16 and 32."""
+
+    channels: Sequence[int] = (16, 24, 32, 96, 1280)
+    taps = (1, 3, 6, 13, 18)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = mobilenet_v2(weights=None).features
+
+    def train(self, mode: bool = True) -> "MobileNetV2Pyramid":
+        super().train(mode)
+        _freeze_batch_norm(self)
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Normalised image [N,3,H,W] to five maps [N,C_l,H/2^(l+1),W/2^(l+1)]."""
+        maps = []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in self.taps:
+                maps.append(x)
+        return maps
+
+
+Pyramid = ResNet50Pyramid | MobileNetV2Pyramid
+
+_PYRAMIDS: dict[str, type[ResNet50Pyramid] | type[MobileNetV2Pyramid]] = {
+    "resnet50": ResNet50Pyramid,
+    "mobilenet_v2": MobileNetV2Pyramid,
+}
+
+
+def build(name: str) -> Pyramid:
+    """A backbone with untrained weights. Raises KeyError for a name that is not one of ours."""
+    return _PYRAMIDS[name]()
+
+
+def load_imagenet(pyramid: Pyramid, state: dict[str, Tensor]) -> None:
+    """Fill a pyramid from a torchvision classification checkpoint, leaving out its classifier."""
+    kept = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    pyramid.load_state_dict(kept, strict=True)
+
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])

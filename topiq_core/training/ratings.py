@@ -1,0 +1,101 @@
+"""Rated images: a CSV of file names and mean opinion scores, read as training samples."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from topiq_core.errors import TopiqError
+
+
+class RatingsError(TopiqError):
+    """The ratings file cannot be used."""
+
+    code = "bad_ratings"
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One image and its mean opinion score, scaled to 0..1."""
+
+    path: Path
+    mos: float
+
+
+def read_ratings(path: Path, mos_range: tuple[float, float]) -> list[Rating]:
+    """Read `image,mos` (or `uri,mos`), file names relative to the CSV. Raises RatingsError.
+
+    mos_range: the ends of the rating scale, mapped to 0 and 1.
+    """
+    low, high = mos_range
+    if low == high:
+        raise RatingsError(f"a rating scale from {low} to {high} is empty.")
+    ratings = []
+    try:
+        with path.open(newline="") as file:
+            for line, row in enumerate(csv.DictReader(file), start=2):
+                name = row.get("image") or row.get("uri")
+                if not name or row.get("mos") is None:
+                    raise RatingsError(f"{path}:{line}: columns `image` and `mos` are needed.")
+                mos = float(row["mos"])
+                if not math.isfinite(mos):
+                    raise RatingsError(f"{path}:{line}: {mos} is no rating.")
+                ratings.append(Rating(path.parent / name, (mos - low) / (high - low)))
+    except (OSError, ValueError) as error:
+        raise RatingsError(f"{path}: {error}") from error
+    if not ratings:
+        raise RatingsError(f"{path}: no ratings in it.")
+    return ratings
+
+
+def split(ratings: list[Rating], seed: int, held_out: float) -> tuple[list[Rating], list[Rating]]:
+    """Random training and validation parts; `held_out` is the share of the latter."""
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(ratings))
+    cut = round(len(ratings) * (1 - held_out))
+    return [ratings[i] for i in order[:cut]], [ratings[i] for i in order[cut:]]
+
+
+class RatedImages(Dataset[tuple[Tensor, Tensor]]):
+    """Samples for one epoch: a random crop and flip of each image, as float RGB in 0..1.
+
+    The randomness is a function of (seed, epoch, index) alone, so a resumed run sees what an
+    uninterrupted one would have seen.
+    """
+
+    def __init__(self, ratings: list[Rating], crop: int, seed: int) -> None:
+        self.ratings, self.crop, self.seed, self.epoch = ratings, crop, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.ratings)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rating = self.ratings[index]
+        rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, index]))
+        image = read_rgb(rating.path)
+        h, w = image.shape[1:]
+        size = self.crop
+        if min(h, w) < size:
+            raise RatingsError(
+                f"{rating.path}: {w}x{h} is smaller than the crop of {size} pixels. "
+                "Leave it out, or give a smaller --crop."
+            )
+        top, left = int(rng.integers(0, h - size + 1)), int(rng.integers(0, w - size + 1))
+        image = image[:, top : top + size, left : left + size]
+        if rng.random() < 0.5:
+            image = image.flip(2)
+        return image.float() / 255, torch.tensor(rating.mos, dtype=torch.float32)
+
+
+def read_rgb(path: Path) -> Tensor:
+    """An image file as uint8 [3,H,W]."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except OSError as error:
+        raise RatingsError(f"{path}: cannot be read as an image ({error}).") from error
