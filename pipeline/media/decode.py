@@ -176,7 +176,12 @@ class _Decoder:
             if first is not None and first[0] <= target + self.tick / 2:
                 return itertools.chain((first,), frames)
         self.may_seek = False
-        self._seek(min(self.first_s, 0.0))
+        try:
+            self._seek(min(self.first_s, 0.0))
+        except av.error.FFmpegError as error:  # no way back: what still comes is all there is
+            self.errors += 1
+            reason = f"damaged or incomplete: its start cannot be found again ({error.strerror})"
+            self.last_error = DecodeError(f"{self.url}: {reason}.")
         return self._decoded()
 
     def _seek(self, position_s: float) -> None:

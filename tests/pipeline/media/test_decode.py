@@ -147,6 +147,15 @@ def test_a_file_without_a_decodable_frame_is_an_error_that_names_it(tmp_path, cl
         sampled(path, "uniform:4")
 
 
+def test_a_transport_stream_that_cannot_be_sought_in_fails_as_damaged(tmp_path, clips):
+    """Three packets: the tables and the start of one picture. FFmpeg then forbids seeking."""
+    path = tmp_path / "stub.ts"
+    path.write_bytes(clips["h264.ts"].read_bytes()[: 3 * 188])
+    with pytest.raises(MediaError, match=r"stub\.ts") as caught:
+        decode_at(str(path), [20.0], [1.0], LIMITS)
+    assert caught.value.code == "decode_error"
+
+
 def test_a_frame_over_the_pixel_limit_is_refused_before_it_is_decoded(clips):
     with pytest.raises(MediaError) as caught:
         decode_at(str(clips["h264.mp4"]), [0.0], [1.0], Limits(1000, 10**9))
