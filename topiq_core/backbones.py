@@ -4,7 +4,7 @@ Each backbone keeps torchvision's own parameter names, so that a checkpoint's `s
 entries are those of the torchvision model without its classifier.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,19 @@ class ResNet50Pyramid(nn.Module):
         _freeze_batch_norm(self)
         return self
 
+    def stages(self) -> list[nn.Sequential]:
+        """The five parts, each from one level's map to the next one's."""
+        return [
+            nn.Sequential(self.conv1, self.bn1, self.relu),
+            nn.Sequential(self.maxpool, self.layer1),
+            self.layer2,
+            self.layer3,
+            self.layer4,
+        ]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised image [N,3,H,W] to five maps [N,C_l,H/2^(l+1),W/2^(l+1)]."""
-        stem = self.relu(self.bn1(self.conv1(x)))
-        layer1 = self.layer1(self.maxpool(stem))
-        layer2 = self.layer2(layer1)
-        layer3 = self.layer3(layer2)
-        return [stem, layer1, layer2, layer3, self.layer4(layer3)]
+        return _run(self.stages(), x)
 
 
 class MobileNetV2Pyramid(nn.Module):
@@ -61,14 +67,23 @@ class MobileNetV2Pyramid(nn.Module):
         _freeze_batch_norm(self)
         return self
 
+    def stages(self) -> list[nn.Sequential]:
+        """The five parts, each from one level's map to the next one's."""
+        ends = [tap + 1 for tap in self.taps]
+        return [self.features[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised image [N,3,H,W] to five maps [N,C_l,H/2^(l+1),W/2^(l+1)]."""
-        maps = []
-        for index, block in enumerate(self.features):
-            x = block(x)
-            if index in self.taps:
-                maps.append(x)
-        return maps
+        return _run(self.stages(), x)
+
+
+def _run(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """The map after each stage, in turn."""
+    maps = []
+    for stage in stages:
+        x = stage(x)
+        maps.append(x)
+    return maps
 
 
 Pyramid = ResNet50Pyramid | MobileNetV2Pyramid

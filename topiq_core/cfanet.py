@@ -207,7 +207,10 @@ class CFANet(nn.Module):
     def distribution(self, image: Tensor, reference: Tensor | None = None) -> Tensor:
         """The output before it is reduced to a score: [N,1], or [N,10] probabilities of 1..10."""
         pooled = self._pool(image, reference)
-        tokens = [self._tokens(level, pooled[level]) for level in range(LEVELS)]
+        return self.judge([self.tokens(level, pooled[level]) for level in range(LEVELS)])
+
+    def judge(self, tokens: list[Tensor]) -> Tensor:
+        """Each level's tokens [N,T_l,D] -> the output, as of `distribution`."""
         query = tokens[-1]
         for step, memory in enumerate(reversed(tokens[:-1])):
             query = self.attn_blks[step](query, memory)
@@ -231,8 +234,8 @@ class CFANet(nn.Module):
         maps: list[Tensor] = self.semantic_model((image - self.mean) / self.std)
         return maps
 
-    def _tokens(self, level: int, x: Tensor) -> Tensor:
-        """Map [N,D,h,w] -> self-attended tokens [N,h*w,D]."""
+    def tokens(self, level: int, x: Tensor) -> Tensor:
+        """A level's pooled map [N,D,h,w] -> self-attended tokens [N,h*w,D]."""
         _, dim, h, w = x.shape
         grid = torch.cat(
             (

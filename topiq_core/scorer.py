@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.optimization import fuse
 
 from topiq_core import weights as weights_file
 from topiq_core.cards import DEFAULT_CARD, Card
 from topiq_core.cfanet import CFANet
 from topiq_core.errors import CardError, FrameError
+from topiq_core.inference import InferenceNet
 
 Frames = npt.NDArray[np.uint8] | Tensor | Sequence[npt.NDArray[np.uint8]] | Sequence[Tensor]
 Scores = npt.NDArray[np.float32]
@@ -35,7 +35,7 @@ class Scorer:
     """
 
     def __init__(self, net: CFANet, card: Card, device: torch.device, sha256: str = "") -> None:
-        self.net = net.to(device)
+        self.net = InferenceNet(net).to(device)
         self.card = card
         self.device = device
         self.sha256 = sha256
@@ -60,10 +60,7 @@ class Scorer:
         found = weights_file.resolve(card, weights, verify)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        net = weights_file.load(found).requires_grad_(False)
-        # BatchNorm folded into the convolutions: the same function, with fewer large buffers.
-        net.semantic_model = fuse(net.semantic_model)  # type: ignore[assignment]
-        return cls(net, found.card, torch.device(device), found.sha256)
+        return cls(weights_file.load(found), found.card, torch.device(device), found.sha256)
 
     def score(self, frames: Frames) -> Scores:
         """No-reference scores.
@@ -127,13 +124,15 @@ class Scorer:
         return scores.float().cpu().numpy()
 
     def _prepare(self, frames: Tensor) -> Tensor:
-        """uint8 [N,H,W,3] -> float [N,3,H,W] in 0..1 on the device, resized if the card says so."""
-        x = frames.to(self.device).permute(0, 3, 1, 2).float() / 255
+        """uint8 [N,H,W,3] -> uint8 [N,3,H,W] on the device; float in 0..1 if the card resizes."""
+        x = frames.to(self.device).permute(0, 3, 1, 2)
         short_side = self.card.short_side
         if short_side is None:
             return x
         size = resized(int(x.shape[2]), int(x.shape[3]), short_side)
-        return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(
+            x.float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False
+        )
 
 
 def resized(height: int, width: int, short_side: int) -> tuple[int, int]:

@@ -1,0 +1,62 @@
+"""The fast form of the network computes what the plain one does, whatever the strips are."""
+
+from copy import deepcopy
+from functools import lru_cache
+
+import pytest
+import torch
+from golden.parameters import TOLERANCE, fill, noisy, picture
+
+from topiq_core.cards import Architecture
+from topiq_core.cfanet import CFANet
+from topiq_core.inference import InferenceNet
+
+# As narrow as strips get: a few rows each, at every level of a picture of this height.
+NARROWEST = 1
+SIZES = [(431, 64), (397, 45), (64, 431), (33, 32)]
+
+
+@lru_cache(maxsize=1)
+def plain(mode, backbone):
+    return fill(CFANet(Architecture(mode, backbone, inter_dim=32, heads=2, gate_dim=8)))
+
+
+def image(frame):
+    return torch.from_numpy(frame).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("mode", ["nr", "fr"])
+def test_scores_in_strips_are_those_of_the_plain_network(backbone, mode):
+    net = plain(mode, backbone)
+    whole = InferenceNet(deepcopy(net))
+    strips = InferenceNet(deepcopy(net), NARROWEST)
+    for seed, size in enumerate(SIZES):
+        frame = picture(seed, *size)
+        sides = [image(frame)] if mode == "nr" else [image(noisy(frame, seed)), image(frame)]
+        with torch.inference_mode():
+            expected = float(net(*(side / 255 for side in sides)))
+            assert float(whole(*sides)) == pytest.approx(expected, abs=TOLERANCE)
+            assert float(strips(*sides)) == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2"])
+def test_every_level_is_the_plain_networks_at_the_seams_of_strips(backbone):
+    """A score averages over a picture; a wrong row between two strips would hardly move it."""
+    net = plain("nr", backbone)
+    strips = InferenceNet(deepcopy(net), NARROWEST)
+    x = image(picture(5, 1090, 40))
+    with torch.inference_mode():
+        expected = net.semantic_model(strips._normalised(x))
+        for level, whole in enumerate(expected):
+            x = strips._stage(level, x, NARROWEST)
+            assert x.shape == whole.shape
+            assert float((x - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
+
+
+def test_a_batch_is_scored_as_its_images_are():
+    net = InferenceNet(deepcopy(plain("nr", "mobilenet_v2")), NARROWEST)
+    batch = torch.cat([image(picture(seed, 200, 64)) for seed in range(3)])
+    with torch.inference_mode():
+        alone = torch.cat([net(x[None]) for x in batch])
+        assert net(batch).tolist() == pytest.approx(alone.tolist(), abs=TOLERANCE)
