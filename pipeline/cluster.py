@@ -54,7 +54,9 @@ def quieten() -> None:
     # The newer Parquet reader starts actors of its own to read footers, which costs more than
     # reading a plan does.
     context.use_datasource_v2 = False
-    for name in ("ray.data", "ray._private.authentication", "ray._private.worker"):
+    # What goes wrong is raised, and shown as one error of ours.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    for name in ("ray._private.authentication", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Both are part of the version of Ray that is pinned; what replaces them comes with the next.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
@@ -113,6 +115,11 @@ def bounded_retries() -> dict[str, Any]:
     return {"max_retries": 3}
 
 
+def bounded_actor_retries() -> dict[str, Any]:
+    """For scorers: one that dies each time (for want of memory) must end the run, not loop."""
+    return {"max_task_retries": 3}
+
+
 def run_error(error: Exception) -> RunError:
     """The error to show for one of Ray's: ours if one is at its root."""
     cause: BaseException | None = error
@@ -123,6 +130,12 @@ def run_error(error: Exception) -> RunError:
     text = str(error)
     if TooManyFailures.__name__ in text:
         return TooManyFailures("more work units failed than is allowed: the run was stopped.")
+    if isinstance(error, ray.exceptions.ActorUnavailableError | ray.exceptions.ActorDiedError):
+        return RunError(
+            "a scoring process died again and again; most often the machine ran out of memory. "
+            "Lower max_pixels, unit_bytes or object_store_bytes, or take a larger machine. What is "
+            "scored is kept: the same command goes on where this one stopped."
+        )
     last = [line for line in text.splitlines() if line.strip()]
     return RunError(f"Ray gave up: {last[-1] if last else type(error).__name__}")
 

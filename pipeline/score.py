@@ -81,6 +81,7 @@ def run(
             batch_size=config.units_per_batch if shares.actor_gpus else None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=shares.score_actors),
+            ray_remote_args_fn=cluster.bounded_actor_retries,
             **_actor_resources(shares),
         )
         outcomes.write_parquet(
