@@ -76,7 +76,8 @@ def _folder(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
         for name in [n for n in folders if n.startswith(".")]:
             del folders[name]
         for name, info in files.items():
-            if name and not name.startswith("."):
+            # Pipes, sockets and devices are not media, and reading one may never end.
+            if name and not name.startswith(".") and info.get("type") != "other":
                 yield _entry(fs, info.get("name") or posixpath.join(root, name))
 
 

@@ -72,6 +72,29 @@ class Config(BaseModel):
         description="Most decoded bytes in a work unit (at least one frame is always in it). "
         "A decode worker holds about two of these, the scorer one.",
     )
+    decode_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="Longest that opening a file, or decoding one work unit, may take before the "
+        "decoder is stopped and the unit fails as `decode_timeout`. Raise it for slow storage.",
+    )
+    decode_memory_bytes: int = Field(
+        default=3 << 30,
+        gt=0,
+        description="How much a decoder process may grow before a file fails as `decode_memory`. "
+        "There is one such process for each decode task.",
+    )
+    attempts: int = Field(
+        default=4,
+        gt=0,
+        description="How often a unit is tried when the store is busy or connections break; waits "
+        "double from half a second. Damage is not tried again.",
+    )
+    on_partial: Literal["score", "fail"] = Field(
+        default="score",
+        description="What becomes of a unit of which a part is damaged or missing: `score` what "
+        "there is and mark it `partial`, or `fail` it.",
+    )
     units_per_commit: int = Field(
         default=64,
         gt=0,

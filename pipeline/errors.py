@@ -39,6 +39,8 @@ class MediaError(TopiqError):
     """One item, or one unit of it, cannot be scored. Becomes one row in `failures/`."""
 
     code = "media_error"
+    transient: ClassVar[bool] = False
+    """Whether trying again may help although the file and the options are the same."""
 
 
 class NotFound(MediaError):
@@ -57,6 +59,14 @@ class StorageError(MediaError):
     """The store did not deliver the object: network, server or disk trouble."""
 
     code = "storage_error"
+    transient = True
+
+
+class Throttled(MediaError):
+    """The store asks for fewer requests, or is too busy to answer."""
+
+    code = "throttled"
+    transient = True
 
 
 class NotMedia(MediaError):
@@ -95,6 +105,24 @@ class DecodeError(MediaError):
     code = "decode_error"
 
 
+class DecodeTimeout(MediaError):
+    """Opening or decoding did not end in the time allowed; the decoder was stopped."""
+
+    code = "decode_timeout"
+
+
+class DecodeCrash(MediaError):
+    """The decoder process died on this file, or was killed."""
+
+    code = "decode_crash"
+
+
+class DecodeMemory(MediaError):
+    """Decoding needs more memory than is allowed."""
+
+    code = "decode_memory"
+
+
 class TooLarge(MediaError):
     """A picture has more pixels than the configured limit."""
 
@@ -119,7 +147,5 @@ class InternalError(MediaError):
     code = "internal_error"
 
 
-class FailureCodes:
-    """The codes that may stand in `failures/`."""
-
-    ALL: ClassVar[tuple[str, ...]] = tuple(sorted(c.code for c in MediaError.__subclasses__()))
+BY_CODE: dict[str, type[MediaError]] = {kind.code: kind for kind in MediaError.__subclasses__()}
+"""The codes that may stand in `failures/`, and what each means."""

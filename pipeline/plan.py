@@ -25,9 +25,10 @@ from pipeline import cluster, schemas, storage
 from pipeline.catalog import Catalog
 from pipeline.config import Config
 from pipeline.errors import CatalogError, InternalError, MediaError
-from pipeline.media import probe
+from pipeline.media import guard, probe
 from pipeline.media.sample import SampleSpec, plan_samples, slice_units
 from pipeline.storage import Output, Stat
+from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
 # Counts up when decoding, colour or sampling changes what a score is of.
@@ -121,7 +122,7 @@ def _failures(planned: pa.Table, run_id: str) -> pa.Table:
     failed = planned.filter(pc.is_valid(planned["code"])).select(names)
     common = {
         "stage": "plan", "attempt": 1, "partial": False, "n_missing": 0,
-        "host": socket.gethostname(), "run_id": run_id, "finished_at": now,
+        "host": socket.gethostname(), "run_id": run_id, "started_at": now, "finished_at": now,
     }  # fmt: skip
     rows = [row | common for row in failed.to_pylist()]
     return pa.Table.from_pylist(rows, schema=schemas.OUTCOME)
@@ -174,20 +175,25 @@ class _Planner:
         uri, explicit = item["uri"], item.pop("explicit")
         common = {**item, "item_id": _digest(uri), "model": self.model}
         try:
-            if not explicit and probe.kind_of(storage.read_head(uri)) is None:
+            if not explicit and not self._is_media(uri):
                 return [{**common, "unit_id": "", "unit_index": -1, "n_units": 0}]
-            stat = storage.stat(uri)
-            return self._planned(common, uri, stat)
+            return persistently(lambda: self._planned(common, uri), self.config.attempts)
         except MediaError as error:
             return [self._failed(common, error)]
         except Exception as error:
             wrapped = InternalError(f"{uri}: {type(error).__name__}: {error}")
             return [self._failed(common, wrapped)]
 
-    def _planned(self, common: dict[str, Any], uri: str, stat: Stat) -> list[dict[str, Any]]:
+    def _is_media(self, uri: str) -> bool:
+        head = persistently(lambda: storage.read_head(uri), self.config.attempts)
+        return probe.kind_of(head) is not None
+
+    def _planned(self, common: dict[str, Any], uri: str) -> list[dict[str, Any]]:
         config = self.config
+        stat = storage.stat(uri)
         spec = SampleSpec.parse(config.sample)
-        found = probe.probe(uri, spec, config.max_pixels)
+        decoder = guard.shared(config.decode_memory_bytes)
+        found = decoder.probe(uri, config.sample, config.max_pixels, config.decode_timeout_s)
         facts = found.facts
         frame_bytes = max(1, facts.coded_width * facts.coded_height * 3)
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
@@ -195,7 +201,7 @@ class _Planner:
             spec = SampleSpec("all")
         samples = plan_samples(spec, found.timeline)
         units = slice_units(samples, found.timeline.keyframe_times, most)
-        common |= asdict(facts) | asdict(stat)
+        common = common | asdict(facts) | asdict(stat)
         return [
             {
                 **common,

@@ -91,6 +91,7 @@ OUTCOME = _versioned(
         pa.field("score_s", pa.float64()),
         pa.field("host", pa.string()),
         pa.field("run_id", pa.string(), nullable=False),
+        pa.field("started_at", pa.timestamp("us", tz="UTC")),
         pa.field("finished_at", pa.timestamp("us", tz="UTC")),
     ]
 )

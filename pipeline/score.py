@@ -15,7 +15,7 @@ Rows are independent: no shuffle, no barrier, and what a unit's row holds depend
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +28,7 @@ from ray.data.checkpoint import CheckpointConfig
 from pipeline import cluster, schemas
 from pipeline.config import Config
 from pipeline.errors import (
+    DecodeError,
     InternalError,
     MediaError,
     OutOfMemory,
@@ -35,8 +36,10 @@ from pipeline.errors import (
     TooManyFailures,
     TooSmall,
 )
-from pipeline.media import decode, image
+from pipeline.media import guard
+from pipeline.media.guard import Frames
 from pipeline.storage import Output
+from pipeline.transient import persistently
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights
 
@@ -157,21 +160,27 @@ def _decode_unit(unit: dict[str, Any], config: Config, run_id: str) -> pa.Table:
     row = {
         **{name: unit[name] for name in ("unit_id", "item_id", "uri", "kind", "model")},
         "unit_index": unit["unit_index"],
-        "attempt": 1,
+        "attempt": 0,
         "partial": False,
         "n_missing": 0,
         "host": socket.gethostname(),
         "run_id": run_id,
+        "started_at": datetime.now(UTC),
     }
-    found = decode.Decoded()
+    found = _NOTHING
+
+    def attempt() -> Frames:
+        row["attempt"] += 1
+        return _decode(unit, config)
+
     try:
-        found = _decode(unit, config)
+        found = persistently(attempt, config.attempts)
         row |= {
             "partial": found.problem is not None,
             "message": found.problem,
             "n_missing": found.missing,
-            "pts_s": [shot.pts_s for shot in found.shots],
-            "weight_s": [shot.weight_s for shot in found.shots],
+            "pts_s": found.pts_s,
+            "weight_s": found.weight_s,
             "frame": _form(found),
         }
     except MediaError as error:
@@ -183,36 +192,41 @@ def _decode_unit(unit: dict[str, Any], config: Config, run_id: str) -> pa.Table:
     return _with_frames(row, found)
 
 
-def _decode(unit: dict[str, Any], config: Config) -> decode.Decoded:
+_NOTHING = Frames([], [], [], [], b"")
+
+
+def _decode(unit: dict[str, Any], config: Config) -> Frames:
+    decoder = guard.shared(config.decode_memory_bytes)
+    uri, timeout = unit["uri"], config.decode_timeout_s
     if unit["kind"] == "image":
-        rgb = image.decode(unit["uri"], config.max_pixels, config.alpha)
-        return decode.Decoded([decode.Shot(0.0, unit["weights_s"][0], rgb)])
-    limits = decode.Limits(config.max_pixels, 2 * config.unit_bytes)
-    return decode.decode_at(unit["uri"], unit["times_s"], unit["weights_s"], limits)
+        found = decoder.decode_image(uri, config.max_pixels, config.alpha, timeout)
+        return replace(found, weight_s=unit["weights_s"])
+    found = decoder.decode_video(
+        uri, unit["times_s"], unit["weights_s"], config.max_pixels, 2 * config.unit_bytes, timeout
+    )
+    if found.problem and config.on_partial == "fail":
+        raise DecodeError(f"{uri}: only a part can be decoded ({found.problem}).")
+    return found
 
 
-def _form(found: decode.Decoded) -> dict[str, Any]:
-    height, width = found.shots[0].rgb.shape[:2]
-    return {"width": width, "height": height, **(asdict(found.look) if found.look else {})}
+def _form(found: Frames) -> dict[str, Any]:
+    look = asdict(found.look) if found.look else {}
+    return {"width": found.widths[0], "height": found.heights[0], **look}
 
 
-def _with_frames(row: dict[str, Any], found: decode.Decoded) -> pa.Table:
-    """A table of one row; the pixels are laid end to end once and then never copied again."""
-    frames = [shot.rgb for shot in found.shots]
-    ends = np.cumsum([0, *(f.nbytes for f in frames)], dtype=np.int64)
-    pixels = np.empty(int(ends[-1]), dtype=np.uint8)
-    for start, frame in zip(ends, frames, strict=False):
-        pixels[start : start + frame.nbytes] = frame.reshape(-1)
-    found.shots.clear()
+def _with_frames(row: dict[str, Any], found: Frames) -> pa.Table:
+    """A table of one row; the pixels are those that the decoder process wrote, not a copy."""
+    sizes = [3 * h * w for h, w in zip(found.heights, found.widths, strict=True)]
+    ends = np.cumsum([0, *sizes], dtype=np.int64)
     blobs = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(frames), [None, pa.py_buffer(ends), pa.py_buffer(pixels)]
+        pa.large_binary(), len(sizes), [None, pa.py_buffer(ends), pa.py_buffer(found.pixels)]
     )
     plain = pa.schema([f for f in schemas.DECODED if f.name not in ("frames", "widths", "heights")])
     table = pa.Table.from_pylist([row], schema=plain)
     lists = {
-        "frames": pa.ListArray.from_arrays(pa.array([0, len(frames)], pa.int32()), blobs),
-        "widths": pa.array([[f.shape[1] for f in frames]], pa.list_(pa.int32())),
-        "heights": pa.array([[f.shape[0] for f in frames]], pa.list_(pa.int32())),
+        "frames": pa.ListArray.from_arrays(pa.array([0, len(sizes)], pa.int32()), blobs),
+        "widths": pa.array([found.widths], pa.list_(pa.int32())),
+        "heights": pa.array([found.heights], pa.list_(pa.int32())),
     }
     for name, column in lists.items():
         table = table.append_column(schemas.DECODED.field(name), column)

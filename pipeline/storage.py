@@ -1,6 +1,7 @@
 """Files and objects by URL, local or remote, through fsspec."""
 
 import contextlib
+import errno
 import io
 import os
 import tempfile
@@ -16,7 +17,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import AccessDenied, MediaError, NotFound, OutputError, StorageError
+from pipeline.errors import (
+    AccessDenied,
+    MediaError,
+    NotFound,
+    OutputError,
+    StorageError,
+    Throttled,
+)
 
 # Up to this size a remote object is fetched in one request; above it, read in ranges.
 WHOLE_FETCH_BYTES = 64 << 20
@@ -123,6 +131,9 @@ def _media_errors(url: str) -> Iterator[None]:
     except PermissionError as error:
         raise AccessDenied(f"{url}: reading is not permitted. Check its access rights.") from error
     except (OSError, ValueError, ImportError) as error:
+        # s3fs reports SlowDown, ServiceUnavailable and their like as EBUSY.
+        if getattr(error, "errno", None) == errno.EBUSY:
+            raise Throttled(f"{url}: the store is too busy ({error}).") from error
         raise StorageError(f"{url}: cannot be read ({error}).") from error
 
 

@@ -69,9 +69,11 @@ def frame_interval(stream: VideoStream) -> float:
 
 
 def explain(url: str, error: Exception) -> MediaError:
-    """The typed error behind an FFmpeg error."""
+    """The typed error behind an FFmpeg error. MemoryError is raised on: the guard explains it."""
     if isinstance(error, MediaError):
         return error
+    if isinstance(error, MemoryError):
+        raise error
     if isinstance(error, av.error.FileNotFoundError):
         return NotFound(f"{url}: no such file or object.")
     if isinstance(error, av.error.PermissionError):

@@ -3,11 +3,12 @@
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -25,6 +26,7 @@ _SEEKABLE = ("mov", "matroska", "mpegts", "avi")
 _SEEK_BACK_S = (0.0, 1.0, 5.0, 20.0)
 # A last frame may be shown this much longer than the stream says; beyond it, material is missing.
 _TAIL_S = 0.5
+_NO_PIXELS: RGB = np.empty((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,33 @@ class Decoded:
 
 
 def decode_at(
-    url: str, times: Sequence[float], weights: Sequence[float], limits: Limits
+    url: str,
+    times: Sequence[float],
+    weights: Sequence[float],
+    limits: Limits,
+    take: Callable[[RGB], None] | None = None,
 ) -> Decoded:
     """Decode the frame on screen at each of `times` (seconds, ascending).
 
     A frame on screen at several of them comes once, with their weights added. Damage is passed
-    over as a player would do, and reported in `problem`. Raises MediaError when nothing at all
-    could be decoded.
+    over as a player would do, and reported in `problem`. take: is given each frame as soon as it
+    is decoded; shots then hold no pixels. Raises MediaError when nothing at all could be decoded.
     """
     with open_video(url, limits.max_pixels) as (container, stream):
-        return _Decoder(url, container, stream, limits).run(times, weights)
+        return _Decoder(url, container, stream, limits, take).run(times, weights)
 
 
 class _Decoder:
     def __init__(
-        self, url: str, container: InputContainer, stream: VideoStream, limits: Limits
+        self,
+        url: str,
+        container: InputContainer,
+        stream: VideoStream,
+        limits: Limits,
+        take: Callable[[RGB], None] | None,
     ) -> None:
         self.url, self.container, self.stream = url, container, stream
-        self.limits = limits
+        self.limits, self.take = limits, take
         self.bytes = 0
         self.tick = float(stream.time_base or 1 / 90000)
         self.reformatter = VideoReformatter()
@@ -148,7 +159,11 @@ class _Decoder:
             )
         look = colour.look_of(frame)
         self.out.look = self.out.look or look
-        shots.append(Shot(pts_s, weight, colour.to_rgb(frame, look, self.reformatter)))
+        rgb = colour.to_rgb(frame, look, self.reformatter)
+        if self.take is not None:
+            self.take(rgb)
+            rgb = _NO_PIXELS
+        shots.append(Shot(pts_s, weight, rgb))
 
     def _worth_seeking(self, now: float, target: float) -> bool:
         """Whether a keyframe lies between: decoding up to it can be saved."""
@@ -192,6 +207,8 @@ class _Decoder:
         for packet in self._packets():
             try:
                 frames = self.stream.decode(packet)
+            except MemoryError:
+                raise
             except av.error.FFmpegError as error:
                 self.errors += 1
                 self.last_error = error

@@ -1,0 +1,136 @@
+"""The child process that opens media: the only place where a stranger's file meets a decoder.
+
+Started by `guard`, one request at a time over a socket, until the guard goes away. It never
+imports torch, with which FFmpeg's threads can deadlock, and its memory is capped.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.errors import DecodeMemory, InternalError, MediaError
+from pipeline.media import decode, image, probe, wire
+from pipeline.media.colour import RGB
+from pipeline.media.sample import SampleSpec
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve the socket whose number is the first argument; the second caps memory, in bytes."""
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the guard decides when this ends
+    _die_with_parent()
+    _cap_memory(int(sys.argv[2]))
+    wire.send(sock, {"ready": True})
+    while True:
+        try:
+            request, _ = wire.receive(sock)
+        except wire.Closed:
+            return
+        wire.send(sock, {"begun": True})
+        with _FrameFile() as frames:
+            reply = _answer(frames, **request)
+            wire.send(sock, reply, frames.number if frames.sizes else None)
+
+
+def _answer(frames: "_FrameFile", op: str, url: str, **request: Any) -> dict[str, Any]:
+    try:
+        return _ANSWERS[op](frames, url, **request)
+    except MediaError as error:
+        kind: type[MediaError] = type(error)
+        message = str(error)
+    except MemoryError:
+        kind, message = DecodeMemory, f"{url}: its decoder needs more than decode_memory_bytes."
+    except Exception as error:
+        kind, message = InternalError, f"{url}: {type(error).__name__}: {error}"
+    frames.sizes.clear()
+    return {"code": kind.code, "message": message}
+
+
+def _probe(_: "_FrameFile", url: str, sample: str, max_pixels: int) -> dict[str, Any]:
+    return asdict(probe.probe(url, SampleSpec.parse(sample), max_pixels))
+
+
+def _decode_video(
+    frames: "_FrameFile",
+    url: str,
+    times: list[float],
+    weights: list[float],
+    max_pixels: int,
+    max_bytes: int,
+) -> dict[str, Any]:
+    limits = decode.Limits(max_pixels, max_bytes)
+    found = decode.decode_at(url, times, weights, limits, frames.write)
+    return {
+        "pts_s": [shot.pts_s for shot in found.shots],
+        "weight_s": [shot.weight_s for shot in found.shots],
+        "sizes": frames.sizes,
+        "look": found.look and asdict(found.look),
+        "missing": found.missing,
+        "problem": found.problem,
+    }
+
+
+def _decode_image(
+    frames: "_FrameFile", url: str, max_pixels: int, alpha: image.Background
+) -> dict[str, Any]:
+    frames.write(image.decode(url, max_pixels, alpha))
+    return {"sizes": frames.sizes}
+
+
+_ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "probe": _probe,
+    "decode_video": _decode_video,
+    "decode_image": _decode_image,
+}
+
+
+class _FrameFile:
+    """Frames end to end in a file that lives in memory and has no name."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+        if hasattr(os, "memfd_create"):
+            self.number = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.number = os.dup(file.fileno())
+
+    def __enter__(self) -> "_FrameFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.number)
+
+    def write(self, rgb: RGB) -> None:
+        rest = rgb.data.cast("B")
+        while rest:
+            rest = rest[os.write(self.number, rest) :]
+        self.sizes.append((rgb.shape[0], rgb.shape[1]))
+
+
+def _die_with_parent() -> None:
+    """Be killed by the kernel when the process that started this one ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _cap_memory(allowed: int) -> None:
+    """Let this process grow by so much and no more; allocations beyond it fail."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as statm:  # noqa: PTH123
+            pages = int(statm.read().split()[0])
+        cap = pages * resource.getpagesize() + allowed
+        resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+
+
+if __name__ == "__main__":
+    main()
