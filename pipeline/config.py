@@ -57,8 +57,8 @@ class Config(BaseModel):
         default=25_000_000,
         gt=0,
         description="Largest picture accepted, in pixels; larger ones fail as `too_large`. This "
-        "bounds the memory of a scorer on a CPU: 300 to 650 MB a megapixel with the bundled model, "
-        "800 with a ResNet-50 card.",
+        "bounds the memory of a scorer on a CPU (80 MB a megapixel with the bundled model, 160 "
+        "with a ResNet-50 card) and its time, which grows with the square of large pictures.",
     )
     unit_frames: int = Field(
         default=64,

@@ -59,13 +59,22 @@ class InferenceNet(nn.Module):
 
     def _stage(self, level: int, x: Tensor, positions: int) -> Tensor:
         """Run one backbone stage, which halves both sides, in strips."""
-        strips = []
+        whole: Tensor | None = None
         for start, end in _strips(x, positions):
             top = max(0, start - _STAGE_MARGIN)
             part = x[:, :, top : end + _STAGE_MARGIN]
             out = self.stages[level](self._normalised(part) if level == 0 else part)
-            strips.append(out[:, :, (start - top) // 2 : (end + 1 - top) // 2])
-        return torch.cat(strips, dim=2)
+            out = out[:, :, (start - top) // 2 : (end + 1 - top) // 2]
+            if whole is None:
+                n, channels, _, width = out.shape
+                size = (n, channels, (x.shape[2] + 1) // 2, width)
+                # Filled strip by strip: joining strips at the end would hold them twice.
+                whole = torch.empty(
+                    size, dtype=out.dtype, device=out.device, memory_format=torch.channels_last
+                )
+            whole[:, :, start // 2 : (end + 1) // 2] = out
+        assert whole is not None
+        return whole
 
     def _normalised(self, x: Tensor) -> Tensor:
         x = x.float() / 255 if x.dtype == torch.uint8 else x
