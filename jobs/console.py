@@ -44,6 +44,9 @@ class Events:
     def _run_started(self, found: int, output: str, **_: Any) -> None:
         self._say(f"{found} candidates; results go to {output}")
 
+    def _reopened(self, units: int) -> None:
+        self._say(f"{units} failed units are open again")
+
     def _planned(
         self, items: int, frames: int, failed_items: int, skipped: int, **rest: Any
     ) -> None:

@@ -22,6 +22,9 @@ def score(
     max_failures: Annotated[
         int | None, typer.Option(help="Stop when more work units than this have failed.")
     ] = None,
+    on_partial: Annotated[
+        str | None, typer.Option(help="What becomes of damaged material: score (marked) or fail.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per event on stdout.")
     ] = False,
@@ -40,6 +43,7 @@ def score(
         device=device,
         fail_on_error=fail_on_error,
         max_failures=max_failures,
+        on_partial=on_partial,
     )
     from jobs.console import Events
     from pipeline import run

@@ -25,19 +25,26 @@ _ITEMS_PER_BATCH = 512
 
 # One row per item: its plan, its units' frames in order, and how many units failed. Units of
 # earlier plans (changed files, other options) are in frame_scores/ too; the join leaves them out.
+# A failure counts until its unit is scored after all; of several, the last one.
 _QUERY = """
-WITH outcomes AS (
+WITH last_failures AS (
+    SELECT unit_id, code, message
+    FROM failures ANTI JOIN frame_scores USING (unit_id)
+    QUALIFY row_number() OVER (PARTITION BY unit_id ORDER BY finished_at DESC) = 1
+),
+outcomes AS (
     SELECT unit_id, pts_s, score, weight_s, partial, n_missing, message, frame, run_id,
            NULL AS code
     FROM frame_scores
     UNION ALL BY NAME
-    SELECT unit_id, code, message FROM failures
+    SELECT * FROM last_failures
 ),
 items AS (
     SELECT
         p.item_id,
-        count(*) AS n_units,
-        count(o.unit_id) AS n_known,
+        count(DISTINCT p.unit_id) AS n_units,
+        count(DISTINCT o.unit_id) AS n_known,
+        count(o.unit_id) AS n_outcomes,
         count(o.code) AS n_units_failed,
         flatten(list(o.pts_s ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS pts_s,
         flatten(list(o.score ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS frame_score,
@@ -60,12 +67,13 @@ ORDER BY head.uri
 
 @dataclass
 class Counts:
-    """Items by what became of them. `lost` units are neither scored nor failed."""
+    """Items by their fate. Lost units are neither scored nor failed, repeated ones twice."""
 
     scored: int = 0
     partial: int = 0
     failed: int = 0
     lost_units: int = 0
+    repeated_units: int = 0
     frames: int = 0
     failed_by_code: Counter[str] = field(default_factory=Counter)
 
@@ -91,20 +99,12 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
                 f"{counts.lost_units} planned work units are neither scored nor failed: the run "
                 "did not finish. The same command goes on where it stopped."
             )
+        if counts.repeated_units:
+            raise RunError(
+                f"{counts.repeated_units} work units are in frame_scores/ more than once. This "
+                "must not happen: please report it. Score into another output."
+            )
     return counts
-
-
-def count_open_units(output: Output, model: str, pending: tuple[str, ...]) -> int:
-    """Planned work units that are neither scored nor failed yet.
-
-    pending: name prefixes of files that are not to be believed (see `score.pending_writes`).
-    """
-    connection = _connect(output, model, pending)
-    query = """
-        SELECT count(*) FROM plan ANTI JOIN
-        (SELECT unit_id FROM frame_scores UNION ALL SELECT unit_id FROM failures) USING (unit_id)
-    """
-    return int(connection.execute(query).fetchall()[0][0])
 
 
 def planning_failures(output: Output, model: str) -> list[tuple[str, str, str]]:
@@ -131,25 +131,12 @@ def _plan(output: Output, model: str) -> pads.Dataset:
     return pads.dataset(path, filesystem=output.arrow_filesystem())
 
 
-def _connect(
-    output: Output, model: str, pending: tuple[str, ...] = ()
-) -> duckdb.DuckDBPyConnection:
+def _connect(output: Output, model: str) -> duckdb.DuckDBPyConnection:
     """A connection that sees `plan` (of the model), `frame_scores` and `failures`."""
-    filesystem = output.arrow_filesystem()
     connection = duckdb.connect()
     connection.register("plan", _plan(output, model))
     for name in ("frame_scores", "failures"):
-        files = [
-            path
-            for path in output.parquet_files(name)
-            if not PurePosixPath(path).name.startswith(pending)
-        ]
-        table = (
-            pads.dataset(files, schema=schemas.OUTCOME, filesystem=filesystem)
-            if files
-            else schemas.OUTCOME.empty_table()
-        )
-        connection.register(name, table)
+        connection.register(name, output.dataset(output.parquet_files(name), schemas.OUTCOME))
     return connection
 
 
@@ -158,6 +145,7 @@ def _item_rows(
 ) -> Iterator[dict[str, Any]]:
     for item in items:
         counts.lost_units += item["n_units"] - item["n_known"]
+        counts.repeated_units += item["n_outcomes"] - item["n_known"]
         if not item["frame_score"]:
             counts.failed += 1
             counts.failed_by_code[item["code"] or "lost"] += 1

@@ -6,7 +6,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,9 +18,9 @@ import duckdb
 import pyarrow.dataset as pads
 import ray
 
-from pipeline import aggregate, catalog, cluster, plan, schemas, score
+from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas, score
 from pipeline.config import Config
-from pipeline.errors import ConfigError, OutputError, TooManyFailures
+from pipeline.errors import BY_CODE, ConfigError, OutputError, TooManyFailures
 from pipeline.monitor import Monitor
 from pipeline.storage import Output
 from topiq_core import weights as weights_file
@@ -83,8 +83,14 @@ class _Run:
 
 def score_catalog(source: str, out: str, config: Config, event: Event) -> Summary:
     """Score a catalog into an output folder. Raises TopiqError; MediaErrors become rows."""
-    started = time.monotonic()
     run = _open(source, out, config, event)
+    with lease.held(run.output, run.run_id):
+        return _run_steps(run)
+
+
+def _run_steps(run: _Run) -> Summary:
+    started = time.monotonic()
+    event = run.event
     record = _new_record(run)
     _write_record(run.output, record)
     try:
@@ -115,12 +121,44 @@ def score_catalog(source: str, out: str, config: Config, event: Event) -> Summar
 def plan_catalog(source: str, out: str, config: Config, event: Event) -> plan.PlanCounts:
     """Write plan/ only. Raises TopiqError."""
     run = _open(source, out, config, event)
-    if run.output.read_text("run.json") is None:
-        _write_record(run.output, {"status": "planned", "schema_version": schemas.SCHEMA_VERSION})
-    cluster.connect(run.config)
-    planned = _plan(run, cluster.shares(run.config))
+    with lease.held(run.output, run.run_id):
+        if run.output.read_text("run.json") is None:
+            record = {"status": "planned", "schema_version": schemas.SCHEMA_VERSION}
+            _write_record(run.output, record)
+        cluster.connect(run.config)
+        planned = _plan(run, cluster.shares(run.config))
     event("planned", **asdict(planned))
     return planned
+
+
+def retry(out: str, codes: Collection[str], event: Event) -> Summary:
+    """Score an output's failed units again, as its last run did. Raises TopiqError.
+
+    codes: the failure codes to try again; empty means all of them.
+    """
+    output = Output(out)
+    record = _last_record(output)
+    source, config = record["source"], Config(**record["config"])
+    unknown = sorted(set(codes) - set(BY_CODE))
+    if unknown:
+        raise ConfigError(f"no such failure code: {unknown[0]}. There are {', '.join(BY_CODE)}.")
+    run = _open(source, out, config, event)
+    with lease.held(output, run.run_id):
+        reopened = commits.reopen(output, run.model, codes or BY_CODE)
+        event("reopened", units=reopened)
+        return _run_steps(run)
+
+
+def _last_record(output: Output) -> dict[str, Any]:
+    """run.json. Raises OutputError when there is none of a scoring run."""
+    text = output.read_text("run.json")
+    try:
+        record: dict[str, Any] = json.loads(text or "{}")
+    except ValueError as error:
+        raise OutputError(f"{output.url}/run.json is damaged: give the whole command.") from error
+    if "source" not in record:
+        raise OutputError(f"{output.url}: no run in it to go on with. Run `topiq score` first.")
+    return record
 
 
 def _open(source: str, out: str, config: Config, event: Event) -> _Run:
@@ -153,9 +191,8 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
             f"{planned.failed_items} items failed at planning, {allowed} are allowed. "
             f"See {run.output.url}/failures/."
         )
-    pending = score.pending_writes(run.output)
-    to_do = aggregate.count_open_units(run.output, run.model, pending)
-    if not to_do and not pending:
+    to_do = commits.count_open(run.output, run.model)
+    if not to_do and not commits.has_pending(run.output):
         return 0.0
     rest = None if allowed is None else allowed - planned.failed_items
     monitor = ray.remote(num_cpus=0)(Monitor).remote(rest)
@@ -290,7 +327,7 @@ def _refuse_foreign(output: Output) -> None:
     """Do not mix into a folder that holds something else, or tables of another schema."""
     text = output.read_text("run.json")
     if text is None:
-        strange = sorted(n for n in output.names() if not n.startswith("."))
+        strange = sorted(n for n in output.names() if not n.startswith(".") and n != lease.FILE)
         if strange:
             raise OutputError(
                 f"{output.url}: not empty and not an output of ours (it holds {strange[0]}). "

@@ -25,7 +25,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 
-from pipeline import cluster, schemas
+from pipeline import cluster, commits, schemas
 from pipeline.config import Config
 from pipeline.errors import (
     DecodeError,
@@ -43,7 +43,6 @@ from pipeline.transient import persistently
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights
 
-CHECKPOINT_DIR = "_checkpoint"
 # The folder that a row is written to, as a partition column of Ray Data's writer.
 _FOLDER = "folder"
 
@@ -72,7 +71,7 @@ def run(
         ).repartition(target_num_rows_per_block=rows)
         outcomes = units.map_batches(
             decode_units,
-            fn_args=(config, run_id),
+            fn_args=(config, run_id, commits.earlier_attempts(output, weights.card.name)),
             batch_size=1,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(size=shares.decode_tasks),
@@ -107,21 +106,10 @@ _PLAN_COLUMNS = [
 ]  # fmt: skip
 
 
-def pending_writes(output: Output) -> tuple[str, ...]:
-    """Name prefixes of files that a killed run may have left half written.
-
-    Ray Data marks each write by a `.pending` file before it begins; the next run deletes what
-    belongs to it. Until then those files must not be read.
-    """
-    suffix = ".pending.parquet"
-    names = (path.rsplit("/", 1)[-1] for path in output.parquet_files(CHECKPOINT_DIR))
-    return tuple(name.removesuffix(suffix) for name in names if name.endswith(suffix))
-
-
 def _checkpoint(output: Output) -> CheckpointConfig:
     checkpoint = CheckpointConfig(
         id_column="unit_id",
-        checkpoint_path=output.inside(CHECKPOINT_DIR),
+        checkpoint_path=output.inside(commits.FOLDER),
         delete_checkpoint_on_success=False,
         override_filesystem=output.arrow_filesystem(),
     )
@@ -148,19 +136,23 @@ def _written_schema() -> pa.Schema:
 # --- decode stage -------------------------------------------------------------------------------
 
 
-def decode_units(units: pa.Table, config: Config, run_id: str) -> Iterator[pa.Table]:
-    """One row of frames, or of failure, for each planned unit."""
+def decode_units(
+    units: pa.Table, config: Config, run_id: str, earlier: dict[str, int]
+) -> Iterator[pa.Table]:
+    """One row of frames, or of failure, for each planned unit. earlier: attempts before, by id."""
     for unit in units.to_pylist():
         if unit["code"] is None:  # those with a code failed at planning and are on record
-            yield _decode_unit(unit, config, run_id)
+            yield _decode_unit(unit, config, run_id, earlier.get(unit["unit_id"], 0))
 
 
-def _decode_unit(unit: dict[str, Any], config: Config, run_id: str) -> pa.Table:
+def _decode_unit(
+    unit: dict[str, Any], config: Config, run_id: str, attempts_before: int
+) -> pa.Table:
     started = time.perf_counter()
     row = {
         **{name: unit[name] for name in ("unit_id", "item_id", "uri", "kind", "model")},
         "unit_index": unit["unit_index"],
-        "attempt": 0,
+        "attempt": attempts_before,
         "partial": False,
         "n_missing": 0,
         "host": socket.gethostname(),

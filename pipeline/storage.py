@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -175,6 +176,12 @@ class Output:
         self.fs.invalidate_cache()
         found = self.fs.glob(join(self.inside(*parts), "*.parquet"))
         return sorted(str(path) for path in found)
+
+    def dataset(self, files: list[str], schema: pa.Schema) -> pads.Dataset | pa.Table:
+        """Parquet files of one schema as one table, read when it is used; there may be none."""
+        if not files:
+            return schema.empty_table()
+        return pads.dataset(files, schema=schema, filesystem=self.arrow_filesystem())
 
     @contextlib.contextmanager
     def publish(self, *parts: str) -> Iterator[Path]:

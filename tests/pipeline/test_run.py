@@ -1,11 +1,15 @@
 """Whole runs on real media, with a real Ray."""
 
 import json
+import os
 import shutil
+import threading
+from contextlib import suppress
 
 import av
 import duckdb
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -342,6 +346,90 @@ def test_a_half_written_file_of_a_killed_run_is_cleaned_up(tmp_path, clips):
     assert summary.frames_scored == 2
     assert [r["score"] for r in rows(out, "scores")] == [r["score"] for r in scores]
     assert not [p for p in out.rglob("*") if "pending" in p.name]
+
+
+def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips):
+    folder, out = tmp_path / "catalog", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(clips["h264.mp4"], folder)
+    broken = folder / "photo.png"
+    Image.fromarray(landscape(120, 160, seed=2)).save(broken)
+    whole, state = broken.read_bytes(), broken.stat()
+
+    def put(content):
+        broken.write_bytes(content)
+        os.utime(broken, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    put(whole[:400] + bytes(len(whole) - 400))
+    first, _ = score_into(folder, out, sample="uniform:2")
+    assert (first.scored, first.failed_by_code) == (1, {"decode_error": 1})
+    put(whole)
+    again, _ = score_into(folder, out, sample="uniform:2")
+    assert (again.frames_scored, again.failed) == (0, 1)
+    other = run.retry(str(out), ["decode_timeout"], Recorder())
+    assert (other.frames_scored, other.failed) == (0, 1)
+    events = Recorder()
+    mended = run.retry(str(out), ["decode_error", "throttled"], events)
+    assert ("reopened", {"units": 1}) in events.events
+    assert (mended.scored, mended.failed, mended.frames_scored) == (2, 0, 1)
+    assert {name_of(r): r["attempt"] for r in rows(out, "frame_scores")} == {
+        "h264.mp4": 1, "photo.png": 2,
+    }  # fmt: skip
+    assert [(r["code"], r["attempt"]) for r in rows(out, "failures")] == [("decode_error", 1)]
+    with pytest.raises(ConfigError, match="decode_eror"):
+        run.retry(str(out), ["decode_eror"], Recorder())
+
+
+def test_material_that_is_only_partly_there_fails_when_that_is_asked_for(tmp_path):
+    whole = encode(tmp_path / "whole.mkv", pan(128, 192, 100), options={"crf": "10"}, gop=10)
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    summary, _ = score_into(
+        tmp_path / "cut.mkv", tmp_path / "out", sample="uniform:10", on_partial="fail"
+    )
+    assert (summary.scored, summary.failed_by_code) == (0, {"decode_error": 1})
+
+
+def test_a_scorer_that_keeps_dying_ends_the_run_with_a_reason(tmp_path, clips):
+    """As when it is killed for want of memory each time; Ray alone would go on for ever."""
+    stopped = threading.Event()
+
+    def kill_scorers():
+        while not stopped.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    if process.cmdline()[0] == "ray::MapWorker(MapBatches(ScoreUnits)).submit":
+                        process.kill()
+
+    killer = threading.Thread(target=kill_scorers)
+    killer.start()
+    try:
+        with pytest.raises(RunError, match="ran out of memory"):
+            score_into(clips["h264.mp4"], tmp_path / "out", sample="all", unit_frames=4)
+    finally:
+        stopped.set()
+        killer.join()
+    summary, _ = score_into(clips["h264.mp4"], tmp_path / "out", sample="all", unit_frames=4)
+    assert (summary.scored, summary.frames) == (1, 40)
+    units = [r["unit_id"] for r in rows(tmp_path / "out", "frame_scores")]
+    assert len(units) == len(set(units)) == 10
+
+
+def test_a_second_run_on_an_output_is_refused_and_the_first_goes_on(tmp_path, clips):
+    out = tmp_path / "out"
+    refused = []
+
+    def second_run(name, **_):
+        if name == "planned":
+            with pytest.raises(OutputError, match="is writing to it") as caught:
+                run.score_catalog(str(clips["vp9.webm"]), str(out), Config(), Recorder())
+            refused.append(caught.value)
+
+    summary = run.score_catalog(
+        str(clips["h264.mp4"]), str(out), Config(sample="uniform:1"), second_run
+    )
+    assert refused
+    assert summary.scored == 1
+    assert not (out / "_lease.json").exists()
 
 
 def test_a_folder_with_something_else_in_it_is_not_written_to(tmp_path, clips):

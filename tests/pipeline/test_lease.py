@@ -1,0 +1,117 @@
+"""One run at a time on an output, and no waiting for the dead."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pipeline import lease
+from pipeline.errors import OutputError, RunError
+from pipeline.storage import Output
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "PERIOD_S", 0.1)
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.05)
+    return Output(str(tmp_path))
+
+
+def on_disk(output):
+    return json.loads(output.read_text(lease.FILE))
+
+
+def foreign(output, renewals=1):
+    """A lease as a run on another machine writes it."""
+    fields = {"owner": "x", "run_id": "r1", "machine": "elsewhere", "pid": 1, "host": "node-7"}
+    output.write_text(json.dumps(fields | {"renewals": renewals}), lease.FILE)
+
+
+def test_a_lease_is_renewed_while_it_is_held_and_gone_afterwards(output):
+    with lease.held(output, "run"):
+        first = on_disk(output)["renewals"]
+        deadline = time.monotonic() + 10
+        while on_disk(output)["renewals"] < first + 2:
+            assert time.monotonic() < deadline
+    assert output.read_text(lease.FILE) is None
+
+
+def test_an_output_in_use_on_this_machine_is_refused_by_name(output):
+    with (
+        lease.held(output, "the-first"),
+        pytest.raises(OutputError, match="the-first"),
+        lease.held(output, "the-second"),
+    ):
+        pass
+    assert output.read_text(lease.FILE) is None
+
+
+def test_a_killed_owner_on_this_machine_does_not_block(output):
+    program = (
+        "import sys, time\n"
+        "from pipeline import lease\n"
+        "from pipeline.storage import Output\n"
+        "with lease.held(Output(sys.argv[1]), 'killed'):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program, output.path], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(OutputError, match="killed"), lease.held(output, "too-early"):
+        pass
+    owner.kill()
+    owner.wait()
+    with lease.held(output, "next"):
+        assert on_disk(output)["run_id"] == "next"
+
+
+def test_a_lease_elsewhere_that_is_renewed_is_respected(output):
+    foreign(output)
+    stopped = threading.Event()
+
+    def renew():
+        renewals = 1
+        while not stopped.wait(0.05):
+            renewals += 1
+            foreign(output, renewals)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(OutputError, match="node-7"), lease.held(output, "mine"):
+            pass
+    finally:
+        stopped.set()
+        thread.join()
+    assert on_disk(output)["run_id"] == "r1"
+
+
+def test_a_lease_elsewhere_that_is_no_longer_renewed_is_taken_over(output):
+    foreign(output)
+    with lease.held(output, "mine"):
+        assert on_disk(output)["run_id"] == "mine"
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]"])
+def test_a_damaged_lease_does_not_block(output, damaged):
+    output.write_text(damaged, lease.FILE)
+    with lease.held(output, "mine"):
+        assert on_disk(output)["run_id"] == "mine"
+
+
+def test_a_run_that_lost_its_lease_says_so_and_leaves_the_new_owners(output):
+    with pytest.raises(RunError, match="took this output over"):
+        stand_still_until_another_takes_over(output)
+    assert on_disk(output)["run_id"] == "r1"
+
+
+def stand_still_until_another_takes_over(output):
+    with lease.held(output, "mine"):
+        keeper = next(t for t in threading.enumerate() if "keep" in t.name)
+        foreign(output)
+        keeper.join(10)  # it ends when it finds the other's lease
