@@ -12,6 +12,9 @@ def retry(
     only: Annotated[
         str, typer.Option(help="Failure codes to try again, with commas between; all without it.")
     ] = "",
+    source: Annotated[
+        str | None, typer.Option(help="The catalog, when the recorded one had credentials in it.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per event on stdout.")
     ] = False,
@@ -26,7 +29,7 @@ def retry(
 
     events = Events(as_json)
     try:
-        summary = run.retry(output, [code for code in only.split(",") if code], events)
+        summary = run.retry(output, [code for code in only.split(",") if code], events, source)
     finally:
         events.close()
     if summary.failed:

@@ -29,7 +29,9 @@ MEDIA_SUFFIXES = frozenset((
 
 @dataclass
 class Catalog:
-    """The items found. `table` has `uri`, `explicit` and the manifest's own columns.
+    """The items found. `table` has `uri`, `address`, `explicit` and the manifest's own columns.
+
+    An item is read from its address; its `uri` is that without credentials, and goes into tables.
 
     An explicit item (named by the user, or with a media file's suffix) is scored or fails; any
     other is looked at, and left out without a word when its content is not media.
@@ -66,8 +68,17 @@ def _listed(items: Any, nothing: str = "") -> Catalog:
     if not pairs:
         raise CatalogError(nothing)
     uris, explicit = zip(*pairs, strict=True)
-    table = pa.table({"uri": pa.array(uris, pa.string()), "explicit": pa.array(explicit)})
-    return Catalog(table)
+    return Catalog(_items(list(uris), list(explicit)))
+
+
+def _items(addresses: list[str], explicit: list[bool]) -> pa.Table:
+    return pa.table(
+        {
+            "uri": pa.array([storage.redacted(a) for a in addresses], pa.string()),
+            "address": pa.array(addresses, pa.string()),
+            "explicit": pa.array(explicit),
+        }
+    )
 
 
 def _folder(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
@@ -117,12 +128,14 @@ def _manifest(source: str, fs: Any, path: str) -> Catalog:
         if not uri:
             raise CatalogError(f"{source}: row {number} has no uri.")
         uris.append(_resolved(uri, base))
-    first = list(dict(zip(reversed(uris), reversed(range(len(uris))), strict=True)).values())
-    keep = sorted(first)
+    out = _items(uris, [True] * len(uris))
+    first: dict[str, int] = {}
+    for index, uri in enumerate(out["uri"].to_pylist()):
+        first.setdefault(uri, index)
     extras = table.drop_columns(["uri"]).rename_columns(_extra_names(table.column_names))
-    out = extras.add_column(0, "explicit", pa.array([True] * len(uris)))
-    out = out.add_column(0, "uri", pa.array(uris, pa.string())).take(keep)
-    return Catalog(out, len(uris) - len(keep), list(extras.schema))
+    for name in extras.column_names:
+        out = out.append_column(extras.schema.field(name), extras[name])
+    return Catalog(out.take(list(first.values())), len(uris) - len(first), list(extras.schema))
 
 
 def _read_table(file: Any, suffix: str) -> pa.Table:
@@ -145,7 +158,7 @@ def _resolved(uri: str, base: str) -> str:
 
 def _extra_names(names: list[str]) -> list[str]:
     """The manifest's columns under names that no column of ours has."""
-    taken = {"explicit"}
+    taken = {"explicit", "address"}
     out = []
     for name in names:
         if name == "uri":

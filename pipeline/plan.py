@@ -36,6 +36,11 @@ SCORING_VERSION = 1
 _ROWS_PER_GROUP = 8192
 
 
+def item_id(uri: str) -> str:
+    """Identifies an item in all tables: hexadecimal, of its URI without credentials."""
+    return _digest(uri)
+
+
 @dataclass
 class PlanCounts:
     """What a plan holds."""
@@ -172,28 +177,28 @@ class _Planner:
         return pa.Table.from_pylist(rows, schema=schema)
 
     def _units(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        uri, explicit = item["uri"], item.pop("explicit")
-        common = {**item, "item_id": _digest(uri), "model": self.model}
+        uri, explicit, address = item["uri"], item.pop("explicit"), item.pop("address")
+        common = {**item, "item_id": item_id(uri), "model": self.model}
         try:
-            if not explicit and not self._is_media(uri):
+            if not explicit and not self._is_media(address):
                 return [{**common, "unit_id": "", "unit_index": -1, "n_units": 0}]
-            return persistently(lambda: self._planned(common, uri), self.config.attempts)
+            return persistently(lambda: self._planned(common, address), self.config.attempts)
         except MediaError as error:
             return [self._failed(common, error)]
         except Exception as error:
             wrapped = InternalError(f"{uri}: {type(error).__name__}: {error}")
             return [self._failed(common, wrapped)]
 
-    def _is_media(self, uri: str) -> bool:
-        head = persistently(lambda: storage.read_head(uri), self.config.attempts)
+    def _is_media(self, address: str) -> bool:
+        head = persistently(lambda: storage.read_head(address), self.config.attempts)
         return probe.kind_of(head) is not None
 
-    def _planned(self, common: dict[str, Any], uri: str) -> list[dict[str, Any]]:
+    def _planned(self, common: dict[str, Any], address: str) -> list[dict[str, Any]]:
         config = self.config
-        stat = storage.stat(uri)
+        stat = storage.stat(address)
         spec = SampleSpec.parse(config.sample)
         decoder = guard.shared(config.decode_memory_bytes)
-        found = decoder.probe(uri, config.sample, config.max_pixels, config.decode_timeout_s)
+        found = decoder.probe(address, config.sample, config.max_pixels, config.decode_timeout_s)
         facts = found.facts
         frame_bytes = max(1, facts.coded_width * facts.coded_height * 3)
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
@@ -221,7 +226,7 @@ class _Planner:
             "unit_index": 0,
             "n_units": 1,
             "code": error.code,
-            "message": str(error),
+            "message": storage.redacted(str(error)),
         }
 
     def _unit_id(

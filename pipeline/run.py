@@ -22,7 +22,7 @@ from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas,
 from pipeline.config import Config
 from pipeline.errors import BY_CODE, ConfigError, OutputError, TooManyFailures
 from pipeline.monitor import Monitor
-from pipeline.storage import Output
+from pipeline.storage import Output, redacted
 from topiq_core import weights as weights_file
 from topiq_core.weights import Weights
 
@@ -131,14 +131,17 @@ def plan_catalog(source: str, out: str, config: Config, event: Event) -> plan.Pl
     return planned
 
 
-def retry(out: str, codes: Collection[str], event: Event) -> Summary:
+def retry(out: str, codes: Collection[str], event: Event, source: str | None = None) -> Summary:
     """Score an output's failed units again, as its last run did. Raises TopiqError.
 
-    codes: the failure codes to try again; empty means all of them.
+    codes: the failure codes to try again; empty means all of them. source: the catalog, if the
+    one in run.json will not do, because it is signed for a time that is over.
     """
     output = Output(out)
     record = _last_record(output)
-    source, config = record["source"], Config(**record["config"])
+    source, config = source or record["source"], Config(**record["config"])
+    if "=REDACTED" in source:
+        raise ConfigError(f"{source}: its credentials were not kept. Give it again with --source.")
     unknown = sorted(set(codes) - set(BY_CODE))
     if unknown:
         raise ConfigError(f"no such failure code: {unknown[0]}. There are {', '.join(BY_CODE)}.")
@@ -175,7 +178,13 @@ def _open(source: str, out: str, config: Config, event: Event) -> _Run:
     output.create()
     _refuse_foreign(output)
     run_id = datetime.now(UTC).strftime("%Y%m%dT%H%M%S-") + uuid.uuid4().hex[:6]
-    event("run_started", run_id=run_id, source=source, output=output.url, found=len(found.table))
+    event(
+        "run_started",
+        run_id=run_id,
+        source=redacted(source),
+        output=output.url,
+        found=len(found.table),
+    )
     return _Run(run_id, source, found, output, config, weights, event)
 
 
@@ -200,10 +209,27 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
     with _watched(monitor, to_do, run.event):
         seconds, _ = _timed(
             lambda: score.run(
-                plan_path, to_do, run.output, run.config, run.weights, shares, monitor, run.run_id
+                plan_path,
+                to_do,
+                _addresses(run.found),
+                run.output,
+                run.config,
+                run.weights,
+                shares,
+                monitor,
+                run.run_id,
             )
         )
     return seconds
+
+
+def _addresses(found: catalog.Catalog) -> dict[str, str]:
+    """By item_id, the addresses that are more than the URI in the tables: those with credentials.
+
+    They are handed to the workers in memory and written nowhere.
+    """
+    pairs = zip(found.table["uri"].to_pylist(), found.table["address"].to_pylist(), strict=True)
+    return {plan.item_id(uri): address for uri, address in pairs if uri != address}
 
 
 def _summary(
@@ -350,10 +376,13 @@ def _new_record(run: _Run) -> dict[str, Any]:
         "run_id": run.run_id,
         "status": "running",
         "started_at": _now(),
-        "source": run.source,
+        "source": redacted(run.source),
         "schema_version": schemas.SCHEMA_VERSION,
         "versions": _versions(),
-        "config": run.config.model_dump(mode="json"),
+        "config": {
+            name: redacted(value) if isinstance(value, str) else value
+            for name, value in run.config.model_dump(mode="json").items()
+        },
         "weights": {
             "model": run.model,
             "sha256": run.weights.sha256,

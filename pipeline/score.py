@@ -38,7 +38,7 @@ from pipeline.errors import (
 )
 from pipeline.media import guard
 from pipeline.media.guard import Frames
-from pipeline.storage import Output
+from pipeline.storage import Output, redacted
 from pipeline.transient import persistently
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights
@@ -50,6 +50,7 @@ _FOLDER = "folder"
 def run(
     plan_path: str,
     n_units: int,
+    addresses: dict[str, str],
     output: Output,
     config: Config,
     weights: Weights,
@@ -57,7 +58,10 @@ def run(
     monitor: Any,
     run_id: str,
 ) -> None:
-    """Score every planned unit that is not committed yet. Raises TooManyFailures, RunError."""
+    """Score every planned unit that is not committed yet. Raises TooManyFailures, RunError.
+
+    addresses: where to read items, by item_id, whose URI in the plan had credentials taken out.
+    """
     context = DataContext.get_current()
     before = context.checkpoint_config
     context.checkpoint_config = _checkpoint(output)
@@ -71,7 +75,12 @@ def run(
         ).repartition(target_num_rows_per_block=rows)
         outcomes = units.map_batches(
             decode_units,
-            fn_args=(config, run_id, commits.earlier_attempts(output, weights.card.name)),
+            fn_args=(
+                config,
+                run_id,
+                addresses,
+                commits.earlier_attempts(output, weights.card.name),
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(size=shares.decode_tasks),
@@ -137,11 +146,19 @@ def _written_schema() -> pa.Schema:
 
 
 def decode_units(
-    units: pa.Table, config: Config, run_id: str, earlier: dict[str, int]
+    units: pa.Table,
+    config: Config,
+    run_id: str,
+    addresses: dict[str, str],
+    earlier: dict[str, int],
 ) -> Iterator[pa.Table]:
-    """One row of frames, or of failure, for each planned unit. earlier: attempts before, by id."""
+    """One row of frames, or of failure, for each planned unit.
+
+    addresses: as for `run`; earlier: how often a unit was tried by earlier runs, by unit_id.
+    """
     for unit in units.to_pylist():
         if unit["code"] is None:  # those with a code failed at planning and are on record
+            unit["address"] = addresses.get(unit["item_id"], unit["uri"])
             yield _decode_unit(unit, config, run_id, earlier.get(unit["unit_id"], 0))
 
 
@@ -189,15 +206,16 @@ _NOTHING = Frames([], [], [], [], b"")
 
 def _decode(unit: dict[str, Any], config: Config) -> Frames:
     decoder = guard.shared(config.decode_memory_bytes)
-    uri, timeout = unit["uri"], config.decode_timeout_s
+    address, timeout = unit["address"], config.decode_timeout_s
     if unit["kind"] == "image":
-        found = decoder.decode_image(uri, config.max_pixels, config.alpha, timeout)
+        found = decoder.decode_image(address, config.max_pixels, config.alpha, timeout)
         return replace(found, weight_s=unit["weights_s"])
     found = decoder.decode_video(
-        uri, unit["times_s"], unit["weights_s"], config.max_pixels, 2 * config.unit_bytes, timeout
-    )
+        address, unit["times_s"], unit["weights_s"],
+        config.max_pixels, 2 * config.unit_bytes, timeout,
+    )  # fmt: skip
     if found.problem and config.on_partial == "fail":
-        raise DecodeError(f"{uri}: only a part can be decoded ({found.problem}).")
+        raise DecodeError(f"{address}: only a part can be decoded ({found.problem}).")
     return found
 
 
@@ -227,7 +245,7 @@ def _with_frames(row: dict[str, Any], found: Frames) -> pa.Table:
 
 def failure(stage: str, error: MediaError) -> dict[str, Any]:
     """The columns that say why a unit failed."""
-    return {"stage": stage, "code": error.code, "message": str(error)}
+    return {"stage": stage, "code": error.code, "message": redacted(str(error))}
 
 
 # --- score stage --------------------------------------------------------------------------------

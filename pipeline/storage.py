@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,29 @@ class Stat:
     size_bytes: int
     mtime: float | None
     etag: str | None
+
+
+_URL = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)(?P<user>[^\s/@]*@)?(?P<rest>[^\s'\"<>)]*)")
+_SECRET_PARAMETER = re.compile(
+    r"(?P<name>[?&;](?:x-(?:amz|goog|oss|cos)-[^=&\s]*|[^=&\s]*(?:sig|signature|token|secret|password"
+    r"|credential|accesskeyid|accessid|policy|key|hmac|auth)[^=&\s]*|expires|s[eprtv]|hdn[a-z]*))"
+    r"=[^&;\s]*",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """A text with the credentials in its URLs taken out: of users, and of signed addresses.
+
+    What is left of an address is the same however often it is signed anew. Text without URLs is
+    returned as it is.
+    """
+
+    def clean(match: re.Match[str]) -> str:
+        rest = _SECRET_PARAMETER.sub(r"\g<name>=REDACTED", match["rest"])
+        return match["scheme"] + rest
+
+    return _URL.sub(clean, text)
 
 
 def locate(url: str) -> tuple[Any, str]:

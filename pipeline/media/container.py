@@ -25,6 +25,19 @@ from pipeline.errors import (
 _EVIDENCE_BYTES = 1 << 20
 _ATTACHED_PIC = 0x400
 
+# Demuxers that read the one file they are given. Playlists and descriptions (HLS, DASH, concat,
+# SDP, image sequences), which make FFmpeg open other files and addresses, are not among them.
+# fmt: off
+DEMUXERS = (
+    "mov", "matroska", "mpegts", "mpeg", "avi", "flv", "live_flv", "ogg", "asf", "mxf", "gxf",
+    "nut", "ivf", "obu", "rm", "dv", "wtv", "swf", "gif", "apng", "yuv4mpegpipe",
+    "h261", "h263", "h264", "hevc", "vvc", "m4v", "mpegvideo", "mjpeg", "vc1", "dirac", "dnxhd",
+    # Audio, so that the error can say that there is only audio.
+    "mp3", "aac", "flac", "wav", "aiff", "ac3", "eac3", "amr", "caf",
+)
+# fmt: on
+SAFE_OPTIONS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "file"}
+
 
 @contextlib.contextmanager
 def open_video(url: str, max_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -43,7 +56,7 @@ def open_video(url: str, max_pixels: int) -> Iterator[tuple[InputContainer, Vide
 @contextlib.contextmanager
 def _open(url: str, source: str | IO[bytes]) -> Iterator[InputContainer]:
     try:
-        container = av.open(source)
+        container = av.open(source, container_options=SAFE_OPTIONS)
     except (av.error.FFmpegError, OSError, UnicodeError, ValueError) as error:
         raise explain(url, error) from error
     with container:
@@ -82,9 +95,11 @@ def explain(url: str, error: Exception) -> MediaError:
         return UnsupportedCodec(f"{url}: FFmpeg does not know this variant ({error.strerror}).")
     if is_encrypted(url):
         return Encrypted(f"{url}: the video is encrypted (DRM); there is no key to open it with.")
-    if isinstance(error, av.error.InvalidDataError | av.error.EOFError | EOFError):
+    # FFmpeg says EINVAL of a format that is not on the list.
+    damaged = av.error.InvalidDataError | av.error.EOFError | av.error.ArgumentError | EOFError
+    if isinstance(error, damaged):
         if not looks_like_media(storage.read_head(url)):
-            return NotMedia(f"{url}: neither an image nor a video that FFmpeg knows.")
+            return NotMedia(f"{url}: neither an image nor a video of a kind that is read here.")
         return DecodeError(f"{url}: damaged or incomplete: {_reason(error)}.")
     if isinstance(error, OSError) and not isinstance(error, av.error.FFmpegError):
         return StorageError(f"{url}: cannot be read ({error}).")

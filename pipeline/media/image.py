@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import av
@@ -68,6 +69,7 @@ def decode(url: str, max_pixels: int, background: Background) -> RGB:
 
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
+_DEEP_OPTIONS = {"format_whitelist": "png_pipe,tiff_pipe", "protocol_whitelist": "file"}
 
 
 class _opened:
@@ -134,13 +136,14 @@ def _flatten(image: Image.Image, background: Background) -> RGB:
 def _decode_deep(url: str, source: Any, image: Image.Image, background: Background) -> RGB:
     """16-bit PNG and TIFF: Pillow would cut them to 8 bits, or refuse; FFmpeg reads them whole."""
     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    # From memory: by its name, FFmpeg could take a file for a pattern of a sequence of files.
     if isinstance(source, str):
-        opened: Any = source
+        data = Path(source).read_bytes()
     else:
         source.seek(0)
-        opened = io.BytesIO(source.read())
+        data = source.read()
     try:
-        with av.open(opened) as container:
+        with av.open(io.BytesIO(data), container_options=_DEEP_OPTIONS) as container:
             container.streams.video[0].codec_context.thread_count = 1
             frame = next(container.decode(video=0))
             deep = frame.reformat(format="rgba64le").to_ndarray()

@@ -73,7 +73,7 @@ def test_no_column_of_a_manifest_collides_with_ours(tmp_path):
     row = {"uri": "a.mp4", **dict.fromkeys(names, 1), "label": 2}
     found = catalog.read(write_manifest(tmp_path / "list.jsonl", [row]))
     assert found.table.column_names == [
-        "uri", "explicit", *(f"manifest_{n}" for n in names), "label",
+        "uri", "address", "explicit", *(f"manifest_{n}" for n in names), "label",
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import AccessDenied, NotFound
-from pipeline.storage import Output
+from pipeline.storage import Output, redacted
 
 
 def test_a_table_replaces_the_old_one_whole_or_not_at_all(tmp_path):
@@ -71,3 +71,46 @@ def test_remote_media_open_like_local_ones(clips):
     local = decode_at(str(clips["h264.mp4"]), [0.5], [1.0], Limits(10**8, 10**9))
     remote = decode_at("memory://clips/a.mp4", [0.5], [1.0], Limits(10**8, 10**9))
     assert (local.shots[0].rgb == remote.shots[0].rgb).all()
+
+
+SIGNED = [
+    ("https://b.s3.amazonaws.com/v.mp4?X-Amz-Credential=AKIA&X-Amz-Signature=f00", "AKIA", "f00"),
+    (
+        "https://b.s3.amazonaws.com/v.mp4?AWSAccessKeyId=AKIA&Signature=f%2B00&Expires=12",
+        "AKIA",
+        "f",
+    ),
+    ("https://acc.blob.core.windows.net/c/v.mp4?sv=2024&se=tomorrow&sig=s3cr3t", "s3cr3t", "tomo"),
+    ("https://storage.googleapis.com/b/v.mp4?X-Goog-Signature=s3cr3t&GoogleAccessId=me", "s3cr3t"),
+    ("https://user:hunter2@host/v.mp4", "hunter2", "user"),
+    ("ftp://hunter2@host/v.mp4", "hunter2"),
+    ("https://cdn/v.mp4?Policy=p0l&Key-Pair-Id=KPI7&token=t0k", "p0l", "KPI7", "t0k"),
+]
+
+
+@pytest.mark.parametrize("address", SIGNED, ids=lambda a: a[0][:30])
+def test_credentials_in_addresses_are_taken_out_also_inside_of_messages(address):
+    url, *secrets = address
+    for text in (url, f"{url}: cannot be read (403, url='{url}').", f"see <{url}> or {url}"):
+        for secret in secrets:
+            assert secret not in redacted(text)
+    assert "v.mp4" in redacted(url)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/data/what?token=1.mp4",
+        "s3://bucket/key=5/v.mp4",
+        "https://host/v?id=5&page=2",
+        "plain text",
+    ],
+)
+def test_what_holds_no_credentials_stays_as_it_is(text):
+    assert redacted(text) == text
+
+
+def test_an_address_signed_anew_is_the_same_item():
+    first = redacted("https://h/v.mp4?id=7&X-Amz-Date=1&X-Amz-Signature=aa")
+    assert first == redacted("https://h/v.mp4?id=7&X-Amz-Date=2&X-Amz-Signature=bb")
+    assert first != redacted("https://h/v.mp4?id=8&X-Amz-Date=1&X-Amz-Signature=aa")
