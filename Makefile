@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo test lint docs lock clean
+.PHONY: help env demo test chaos lint docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -22,6 +22,10 @@ demo: env  ## make a small catalog, score it, print the table
 
 test: env lint  ## lint, types, and every test that protects a promise
 	$(BIN)/python -m pytest -q
+
+chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
+	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \
+	  tests/cluster/test_kills.py tests/pipeline/media/test_fuzz.py
 
 lint: env  ## ruff and mypy --strict
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -17,6 +17,9 @@ class Events:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self.stdout = sys.stdout
+        if as_json:
+            sys.stdout = sys.stderr  # Ray prints remarks of its own there
         self.console = Console(stderr=True, highlight=False)
         self.status: Status | None = None
         self.last_line = 0.0
@@ -26,14 +29,16 @@ class Events:
     def __call__(self, name: str, **fields: Any) -> None:
         """One event: see docs/events.md."""
         if self.as_json:
-            print(json.dumps({"event": name, "time": round(time.time(), 3), **fields}), flush=True)
+            line = {"event": name, "time": round(time.time(), 3), **fields}
+            print(json.dumps(line), file=self.stdout, flush=True)
             return
         show = getattr(self, f"_{name}", None)
         if show is not None:
             show(**fields)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal and stdout as they were."""
+        sys.stdout = self.stdout
         if self.status is not None:
             self.status.stop()
             self.status = None

@@ -12,12 +12,18 @@ from jobs.sample_media import encode, landscape, pan
 
 
 @pytest.fixture(scope="session")
-def data_dir() -> Path:
-    """The project's larger test data: $TOPIQ_TEST_DATA, else ../shared/data."""
+def real_media() -> Path | None:
+    """The project's larger test data, if there is any: $TOPIQ_TEST_DATA, else ../shared/data."""
     found = Path(os.environ.get("TOPIQ_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
-    if not found.is_dir():
+    return found if found.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def data_dir(real_media: Path | None) -> Path:
+    """As `real_media`, for tests that are about it alone."""
+    if real_media is None:
         pytest.skip("real test media are absent: set TOPIQ_TEST_DATA to their folder")
-    return found
+    return real_media
 
 
 @pytest.fixture(scope="session")

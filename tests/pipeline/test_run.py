@@ -1,5 +1,7 @@
 """Whole runs on real media, with a real Ray."""
 
+import functools
+import http.server
 import json
 import os
 import shutil
@@ -378,6 +380,36 @@ def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips):
     assert [(r["code"], r["attempt"]) for r in rows(out, "failures")] == [("decode_error", 1)]
     with pytest.raises(ConfigError, match="decode_eror"):
         run.retry(str(out), ["decode_eror"], Recorder())
+
+
+class QuietServer(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and prints nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+def test_credentials_of_signed_addresses_are_nowhere_in_what_a_run_leaves(tmp_path, clips, capfd):
+    serve = functools.partial(QuietServer, directory=str(clips["h264.mp4"].parent))
+    secret = "s3cr3t-s1gnature"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        names = ("h264.mp4", "vp9.webm", "gone.mp4")
+        lines = [f"{base}/{name}?v=1&X-Amz-Signature={secret}" for name in names]
+        (tmp_path / "list.csv").write_text("\n".join(["uri", *lines]) + "\n")
+        summary, events = score_into(tmp_path / "list.csv", tmp_path / "out", sample="uniform:1")
+        server.shutdown()
+    assert (summary.scored, summary.failed_by_code) == (2, {"not_found": 1})
+    assert {r["uri"] for r in rows(tmp_path / "out", "scores")} == {
+        f"{base}/{name}?v=1&X-Amz-Signature=REDACTED" for name in names[:2]
+    }
+    told = [repr(rows(tmp_path / "out", t)) for t in ("plan", "scores", "failures", "frame_scores")]
+    told += [p.read_text() for p in (tmp_path / "out").rglob("*.json")]
+    told += [repr(events.events), *capfd.readouterr()]
+    assert len(told) >= 8
+    for text in told:
+        assert secret not in text
 
 
 def test_material_that_is_only_partly_there_fails_when_that_is_asked_for(tmp_path):
