@@ -7,6 +7,8 @@ import pytest
 
 # Before torch is imported. Idle threads that spin make everything crawl on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before Ray is imported, as the commands do it: what a test starts listens on loopback only.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 from jobs.sample_media import encode, landscape, pan
 

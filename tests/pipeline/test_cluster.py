@@ -1,0 +1,37 @@
+"""What a cluster that we start exposes."""
+
+import os
+import subprocess
+import sys
+from ipaddress import ip_address
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAM = """
+from pipeline import cluster
+from pipeline.config import Config
+cluster.connect(Config(object_store_bytes=100 << 20))
+import psutil
+family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+for process in family:
+    for connection in process.net_connections("inet"):
+        if connection.status == psutil.CONN_LISTEN:
+            print(process.name(), connection.laddr.ip, connection.laddr.port)
+"""
+
+
+def test_a_cluster_started_here_listens_on_loopback_only():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    lines = [line.split() for line in done.stdout.splitlines()]
+    listeners = [(name, ip) for name, ip, *port in lines if port]
+    assert any("gcs_server" in name for name, _ in listeners)
+    assert [ip for _, ip in listeners if not is_loopback(ip)] == []
+
+
+def is_loopback(text):
+    address = ip_address(text)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
