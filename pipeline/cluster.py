@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.config import Config
 from pipeline.errors import RunError, TooManyFailures
@@ -135,6 +136,13 @@ def run_error(error: Exception) -> RunError:
             "a scoring process died again and again; most often the machine ran out of memory. "
             "Lower max_pixels, unit_bytes or object_store_bytes, or take a larger machine. What is "
             "scored is kept: the same command goes on where this one stopped."
+        )
+    if isinstance(error, ExecutionTimeoutError):
+        doing = [line.strip(" -") for line in text.splitlines() if line.startswith("  - ")]
+        return RunError(
+            "nothing moved for as long as no_progress_timeout_s allows; the run was stopped. "
+            f"At that time: {'; '.join(doing)}. Look at the nodes and at their memory; what is "
+            "scored is kept, and the same command goes on where this one stopped."
         )
     last = [line for line in text.splitlines() if line.strip()]
     return RunError(f"Ray gave up: {last[-1] if last else type(error).__name__}")

@@ -5,6 +5,7 @@ The command line, YAML files and docs/configuration.md all come from this model.
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +136,12 @@ class Config(BaseModel):
         description="How long to wait for the nodes of an autoscaled cluster. With device `cuda` "
         "its GPUs are asked for; with `auto`, only those that are up already are used.",
     )
+    no_progress_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="How long scoring may go without any unit moving on before the run ends with "
+        "what each stage was doing. Longer than a unit may take to decode and to score.",
+    )
     fail_on_error: bool = Field(
         default=False, description="Stop the run at the first item that fails, with exit code 1."
     )
@@ -153,6 +160,12 @@ class Config(BaseModel):
     def _pooling_is_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         check_names(names)
         return names
+
+    def replay(self, uri: str) -> str:
+        """The command that scores one item alone with these options."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        settings = [f"--set={name}={json.dumps(value)}" for name, value in fields.items()]
+        return shlex.join(["topiq", "score", uri, "-o", "replay", *settings])
 
     @property
     def failures_allowed(self) -> int | None:

@@ -97,14 +97,20 @@ def run(
     counts = PlanCounts(duplicates=catalog.duplicates)
     model = weights.card.name
     try:
-        _write(units, output, schema, model, counts, run_id)
+        _write(units, output, schema, model, counts, run_id, config)
     except ray.exceptions.RayError as error:
         raise cluster.run_error(error) from error
     return counts
 
 
 def _write(
-    units: Any, output: Output, schema: pa.Schema, model: str, counts: PlanCounts, run_id: str
+    units: Any,
+    output: Output,
+    schema: pa.Schema,
+    model: str,
+    counts: PlanCounts,
+    run_id: str,
+    config: Config,
 ) -> None:
     with (
         output.parquet_writer(schema, *table_path(model)) as writer,
@@ -115,12 +121,12 @@ def _write(
             counts.skipped += table.num_rows - planned.num_rows
             _count(counts, planned)
             writer.write_table(planned.cast(schema))
-            failures.write_table(_failures(planned, run_id))
+            failures.write_table(_failures(planned, run_id, config))
         if counts.items == 0:
             raise CatalogError("there is no image and no video in the catalog.")
 
 
-def _failures(planned: pa.Table, run_id: str) -> pa.Table:
+def _failures(planned: pa.Table, run_id: str, config: Config) -> pa.Table:
     """The rows of failures/ for items that could not be planned."""
     now = datetime.now(UTC)
     names = [n for n in schemas.OUTCOME.names if n in planned.column_names]
@@ -129,7 +135,7 @@ def _failures(planned: pa.Table, run_id: str) -> pa.Table:
         "stage": "plan", "attempt": 1, "partial": False, "n_missing": 0,
         "host": socket.gethostname(), "run_id": run_id, "started_at": now, "finished_at": now,
     }  # fmt: skip
-    rows = [row | common for row in failed.to_pylist()]
+    rows = [row | common | {"replay": config.replay(row["uri"])} for row in failed.to_pylist()]
     return pa.Table.from_pylist(rows, schema=schemas.OUTCOME)
 
 

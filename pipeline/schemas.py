@@ -81,6 +81,7 @@ OUTCOME = _versioned(
         pa.field("code", pa.string()),
         pa.field("message", pa.string()),
         pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("replay", pa.string()),
         pa.field("pts_s", pa.list_(pa.float64())),
         pa.field("score", pa.list_(pa.float32())),
         pa.field("weight_s", pa.list_(pa.float64())),

@@ -24,6 +24,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline import cluster, commits, schemas
 from pipeline.config import Config
@@ -63,8 +64,9 @@ def run(
     addresses: where to read items, by item_id, whose URI in the plan had credentials taken out.
     """
     context = DataContext.get_current()
-    before = context.checkpoint_config
+    before = (context.checkpoint_config, context.execution_no_progress_timeout_s)
     context.checkpoint_config = _checkpoint(output)
+    context.execution_no_progress_timeout_s = config.no_progress_timeout_s
     rows = max(1, min(config.units_per_commit, n_units // (2 * shares.decode_tasks)))
     try:
         units = ray.data.read_parquet(
@@ -104,10 +106,10 @@ def run(
             schema=_written_schema(),
             ray_remote_args={"num_cpus": shares.light_cpus},
         )
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise cluster.run_error(error) from error
     finally:
-        context.checkpoint_config = before
+        context.checkpoint_config, context.execution_no_progress_timeout_s = before
 
 
 _PLAN_COLUMNS = [
@@ -193,10 +195,10 @@ def _decode_unit(
             "frame": _form(found),
         }
     except MediaError as error:
-        row |= failure("decode", error)
+        row |= failure("decode", error, unit["uri"], config)
     except Exception as error:
         wrapped = InternalError(f"{unit['uri']}: {type(error).__name__}: {error}")
-        row |= failure("decode", wrapped)
+        row |= failure("decode", wrapped, unit["uri"], config)
     row["decode_s"] = time.perf_counter() - started
     return _with_frames(row, found)
 
@@ -243,9 +245,14 @@ def _with_frames(row: dict[str, Any], found: Frames) -> pa.Table:
     return table
 
 
-def failure(stage: str, error: MediaError) -> dict[str, Any]:
+def failure(stage: str, error: MediaError, uri: str, config: Config) -> dict[str, Any]:
     """The columns that say why a unit failed."""
-    return {"stage": stage, "code": error.code, "message": redacted(str(error))}
+    return {
+        "stage": stage,
+        "code": error.code,
+        "message": redacted(str(error)),
+        "replay": config.replay(uri),
+    }
 
 
 # --- score stage --------------------------------------------------------------------------------
@@ -272,6 +279,7 @@ class ScoreUnits:
         )
         if self.scorer.sha256 != weights.sha256:
             raise RunError(f"{weights.card.name}: this node has other weights than the driver.")
+        self.config = config
         self.monitor = monitor
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -287,7 +295,7 @@ class ScoreUnits:
             row["finished_at"] = datetime.now(UTC)
             if isinstance(result, MediaError):
                 row |= {"pts_s": None, "weight_s": None, "score": None}
-                row |= failure("score", result)
+                row |= failure("score", result, row["uri"], self.config)
                 row["message"] = f"{row['uri']}: {result}"
             elif row["code"] is None:
                 row["score"] = result

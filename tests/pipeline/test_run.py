@@ -4,9 +4,10 @@ import functools
 import http.server
 import json
 import os
+import shlex
 import shutil
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import av
 import duckdb
@@ -121,6 +122,9 @@ def test_failures_have_a_stage_a_code_and_a_message_that_names_the_file(scored):
     assert found == FAILURES
     for row in rows(out, "failures"):
         assert row["uri"] in row["message"]
+        assert shlex.split(row["replay"]) == [
+            "topiq", "score", row["uri"], "-o", "replay", '--set=sample="uniform:3"',
+        ]  # fmt: skip
         assert row["score"] is None
         assert row["attempt"] == 1
     assert summary.failed_by_code == {
@@ -421,26 +425,35 @@ def test_material_that_is_only_partly_there_fails_when_that_is_asked_for(tmp_pat
     assert (summary.scored, summary.failed_by_code) == (0, {"decode_error": 1})
 
 
-def test_a_scorer_that_keeps_dying_ends_the_run_with_a_reason(tmp_path, clips):
-    """As when it is killed for want of memory each time; Ray alone would go on for ever."""
+@contextmanager
+def scorers_killed(title):
+    """Every scoring process whose title ends so is killed as soon as it is seen."""
     stopped = threading.Event()
 
-    def kill_scorers():
+    def kill():
         while not stopped.wait(0.02):
             for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):
-                    if process.cmdline()[0] == "ray::MapWorker(MapBatches(ScoreUnits)).submit":
+                with suppress(psutil.Error, IndexError):
+                    if process.cmdline()[0] == f"ray::MapWorker(MapBatches(ScoreUnits)){title}":
                         process.kill()
 
-    killer = threading.Thread(target=kill_scorers)
+    killer = threading.Thread(target=kill)
     killer.start()
     try:
-        with pytest.raises(RunError, match="ran out of memory"):
-            score_into(clips["h264.mp4"], tmp_path / "out", sample="all", unit_frames=4)
+        yield
     finally:
         stopped.set()
         killer.join()
-    summary, _ = score_into(clips["h264.mp4"], tmp_path / "out", sample="all", unit_frames=4)
+
+
+def test_a_scorer_that_keeps_dying_ends_the_run_with_a_reason(tmp_path, clips):
+    """As when it is killed for want of memory each time; Ray alone would go on for ever."""
+    options = {"sample": "all", "unit_frames": 4}
+    with scorers_killed(".submit"), pytest.raises(RunError, match="ran out of memory"):
+        score_into(clips["h264.mp4"], tmp_path / "out", **options)
+    with scorers_killed(".__init__"), pytest.raises(RunError, match=r"nothing moved.*ScoreUnits"):
+        score_into(clips["h264.mp4"], tmp_path / "out", no_progress_timeout_s=8, **options)
+    summary, _ = score_into(clips["h264.mp4"], tmp_path / "out", **options)
     assert (summary.scored, summary.frames) == (1, 40)
     units = [r["unit_id"] for r in rows(tmp_path / "out", "frame_scores")]
     assert len(units) == len(set(units)) == 10

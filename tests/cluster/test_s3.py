@@ -1,0 +1,144 @@
+"""Catalogs and outputs in an object store: a real server, and one that often fails."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+from cluster.s3_server import ACCESS_KEY, SECRET_KEY, FaultyProxy, environment, swift
+from PIL import Image
+
+from jobs.sample_media import encode, landscape, pan
+from pipeline import catalog
+
+REPOSITORY = Path(__file__).parents[2]
+LONG_S = 300
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with swift(tmp_path_factory.mktemp("swift")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def store(server):
+    fs = s3fs.S3FileSystem(key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=server)
+    fs.mkdir("bucket")
+    return fs
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """Two clips and two photos, by name."""
+    folder = tmp_path_factory.mktemp("media")
+    encode(folder / "one.mp4", pan(64, 96, 30, seed=1))
+    encode(folder / "two.mkv", pan(64, 96, 30, seed=2))
+    for seed in range(2):
+        Image.fromarray(landscape(64, 96, seed=seed)).save(folder / f"{seed}.png")
+    return folder
+
+
+def score(address, source, out):
+    """Run the command; returns its exit code and the last event."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "jobs.score", source, "-o", out, "--json", "--sample", "all",
+            "--set", "unit_frames=8", "--set", "units_per_commit=2",
+        ],
+        cwd=REPOSITORY, env={**os.environ, **environment(address)},
+        capture_output=True, text=True, timeout=LONG_S,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines, done.stderr[-3000:]
+    last = json.loads(lines[-1])
+    assert last["event"] == "finished", done.stderr[-3000:]
+    assert SECRET_KEY not in done.stdout + done.stderr
+    return done.returncode, last
+
+
+def table(store, path):
+    rows = []
+    for file in store.glob(f"{path}/*.parquet"):
+        rows += pq.read_table(io.BytesIO(store.cat_file(file))).to_pylist()
+    return rows
+
+
+def scores(store, out):
+    """What must be the same wherever the media lay: scores by file name."""
+    return {
+        row["uri"].rsplit("/", 1)[1]: (row["n_frames"], row["score"], row["score_min"])
+        for row in table(store, f"{out}/scores")
+    }
+
+
+def units(store, out):
+    return sorted(
+        (r["unit_id"], r["pts_s"], r["score"]) for r in table(store, f"{out}/frame_scores")
+    )
+
+
+def upload(store, media, prefix):
+    for path in sorted(media.iterdir()):
+        store.put_file(str(path), f"{prefix}/{path.name}")
+
+
+def test_a_prefix_with_more_keys_than_a_listing_holds_is_listed_whole(store, server, monkeypatch):
+    for name, value in environment(server).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    store.pipe({f"bucket/many/{n:04}.png": b"x" for n in range(1010)})
+    found = catalog.read("s3://bucket/many/")
+    assert found.table.num_rows == 1010
+    assert found.table["uri"][1009].as_py() == "s3://bucket/many/1009.png"
+
+
+def test_a_bucket_is_scored_into_a_bucket_and_resumed(store, server, media):
+    upload(store, media, "bucket/media")
+    code, last = score(server, "s3://bucket/media/", "s3://bucket/out")
+    assert (code, last["scored"], last["frames_scored"]) == (0, 4, 62)
+    before = scores(store, "bucket/out")
+    code, last = score(server, "s3://bucket/media/", "s3://bucket/out")
+    assert (code, last["frames_scored"]) == (0, 0)
+    assert scores(store, "bucket/out") == before
+    store.put_file(str(media / "1.png"), "bucket/media/0.png")  # changed
+    store.put_file(str(media / "1.png"), "bucket/media/new.png")
+    code, last = score(server, "s3://bucket/media/", "s3://bucket/out")
+    assert (code, last["scored"], last["frames_scored"]) == (0, 5, 2)
+    after = scores(store, "bucket/out")
+    assert after["0.png"] == after["1.png"] == after["new.png"]
+    assert {n: after[n] for n in ("one.mp4", "two.mkv")} == {
+        n: before[n] for n in ("one.mp4", "two.mkv")
+    }
+    assert not [p for p in store.find("bucket/out") if "pending" in p or "_lease" in p]
+
+
+def test_a_store_that_often_fails_gives_the_same_output(store, server, media):
+    upload(store, media, "bucket/stable")
+    code, _ = score(server, "s3://bucket/stable/", "s3://bucket/calm")
+    assert code == 0
+    with FaultyProxy(server, rate=0.05, seed=1).running() as proxy:
+        code, last = score(proxy.address, "s3://bucket/stable/", "s3://bucket/stormy")
+    made = sum(proxy.faults.values())
+    assert made >= 5, proxy.faults
+    assert (code, last["scored"], last["partial"]) == (0, 4, 0)
+    assert units(store, "bucket/stormy") == units(store, "bucket/calm")
+    assert scores(store, "bucket/stormy") == scores(store, "bucket/calm")
+
+
+def test_an_object_that_may_not_be_read_is_a_failure_row_and_the_rest_is_scored(
+    store, server, media
+):
+    for name in ("forbidden.png", "free.png"):
+        store.put_file(str(media / "0.png"), f"bucket/partly/{name}")
+    with FaultyProxy(server, rate=0.0, seed=0).running() as proxy:
+        code, last = score(proxy.address, "s3://bucket/partly/", "s3://bucket/partly-out")
+    assert proxy.faults["denied"] > 0
+    assert (code, last["scored"], last["failed_by_code"]) == (2, 1, {"access_denied": 1})
+    (row,) = table(store, "bucket/partly-out/failures")
+    assert "forbidden.png" in row["message"]
