@@ -84,7 +84,7 @@ class _Lease:
     def keep(self) -> None:
         while not self.released.wait(PERIOD_S):
             # A store that does not answer now may do so the next time.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, OutputError):
                 if not self.is_ours():
                     self.lost = True
                     return

@@ -110,7 +110,8 @@ def _run_steps(run: _Run) -> Summary:
     except BaseException as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         record["finished_at"] = _now()
-        _write_record(run.output, record)
+        with suppress(OutputError):  # the first error is the one to show
+            _write_record(run.output, record)
         raise
     record |= {"status": "finished", "summary": asdict(summary), "finished_at": _now()}
     _write_record(run.output, record)

@@ -211,23 +211,31 @@ class Output:
     def publish(self, *parts: str) -> Iterator[Path]:
         """A local path to write to; what is there at the end replaces the target in one step.
 
-        When the body raises, the target stays as it was and nothing is left behind.
+        When the body raises, the target stays as it was and nothing is left behind. Raises
+        OutputError when it cannot be written.
         """
         target = self.inside(*parts)
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        folder = Path(target).parent if self.local else None
-        handle, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
-        os.close(handle)
-        partial = Path(name)
+        partial: Path | None = None
         try:
+            self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            folder = Path(target).parent if self.local else None
+            handle, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
+            os.close(handle)
+            partial = Path(name)
             yield partial
             if self.local:
                 partial.chmod(0o644)
                 partial.replace(target)
             else:
                 self.fs.put_file(str(partial), target)
+        except OSError as error:
+            raise OutputError(
+                f"{join(self.url, *parts)}: cannot be written ({error.strerror or error}). Check "
+                "the space and the rights there; the same command goes on from here."
+            ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            if partial is not None:
+                partial.unlink(missing_ok=True)
 
     def write_text(self, text: str, *parts: str) -> None:
         """Replace a small text file in one step."""

@@ -1,9 +1,11 @@
+import resource
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.errors import AccessDenied, NotFound
+from pipeline.errors import AccessDenied, NotFound, OutputError
 from pipeline.storage import Output, redacted
 
 
@@ -23,6 +25,19 @@ def test_a_table_replaces_the_old_one_whole_or_not_at_all(tmp_path):
         write_and_break()
     assert pq.read_table(tmp_path / "out/scores/m.parquet")["n"].to_pylist() == [1, 2]
     assert [p.name for p in (tmp_path / "out/scores").iterdir()] == ["m.parquet"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path):
+    output = Output(str(tmp_path))
+    output.write_text("old", "run.json")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"run\.json: cannot be written"):
+            output.write_text("new" * 100, "run.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"run.json": "old"}
 
 
 def test_remote_outputs_work_alike():
