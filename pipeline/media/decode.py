@@ -92,6 +92,7 @@ class _Decoder:
         self.tick = float(stream.time_base or 1 / 90000)
         self.reformatter = VideoReformatter()
         self.errors = 0
+        self.concealed = 0
         self.last_error: Exception | None = None
         self.out = Decoded()
         self.unstamped = 0
@@ -135,6 +136,8 @@ class _Decoder:
         problems = []
         if self.errors:
             problems.append(f"{self.errors} damaged packets were passed over")
+        if self.concealed:
+            problems.append(f"{self.concealed} scored frames are damaged")
         if self.out.missing and on_screen is not None:
             problems.append(
                 f"the video ends at {on_screen[0]:.2f} s: {self.out.missing} samples are missing"
@@ -157,6 +160,8 @@ class _Decoder:
                 f"{self.url}: frames are larger than the header says: {self.bytes} bytes in one "
                 f"unit, {self.limits.max_bytes} allowed. Lower unit_frames or raise unit_bytes."
             )
+        # Cut short by a damaged packet, and so the last one before a hole, or patched up.
+        self.concealed += bool(frame.is_corrupt)
         look = colour.look_of(frame)
         self.out.look = self.out.look or look
         rgb = colour.to_rgb(frame, look, self.reformatter)
