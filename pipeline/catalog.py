@@ -31,7 +31,8 @@ MEDIA_SUFFIXES = frozenset((
 class Catalog:
     """The items found. `table` has `uri`, `address`, `explicit` and the manifest's own columns.
 
-    An item is read from its address; its `uri` is that without credentials, and goes into tables.
+    An item is read from its address; its `uri` is that without credentials and in UTF-8, and goes
+    into tables. Addresses are bytes, as file names may be anything.
 
     An explicit item (named by the user, or with a media file's suffix) is scored or fails; any
     other is looked at, and left out without a word when its content is not media.
@@ -75,10 +76,20 @@ def _items(addresses: list[str], explicit: list[bool]) -> pa.Table:
     return pa.table(
         {
             "uri": pa.array([storage.redacted(a) for a in addresses], pa.string()),
-            "address": pa.array(addresses, pa.string()),
+            "address": pa.array([to_bytes(a) for a in addresses], pa.binary()),
             "explicit": pa.array(explicit),
         }
     )
+
+
+def to_bytes(address: str) -> bytes:
+    """An address as it stands in the table of a catalog."""
+    return address.encode("utf-8", "surrogateescape")
+
+
+def from_bytes(address: bytes) -> str:
+    """An address from the table of a catalog."""
+    return address.decode("utf-8", "surrogateescape")
 
 
 def _folder(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
@@ -103,9 +114,7 @@ def _glob(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
 
 
 def _entry(fs: Any, path: str) -> tuple[str, bool]:
-    # File names that are not UTF-8 cannot stand in Parquet; their escaped form can.
-    uri = storage.unstrip(fs, path).encode("utf-8", "backslashreplace").decode()
-    return uri, PurePosixPath(path).suffix.lower() in MEDIA_SUFFIXES
+    return storage.unstrip(fs, path), PurePosixPath(path).suffix.lower() in MEDIA_SUFFIXES
 
 
 def _manifest(source: str, fs: Any, path: str) -> Catalog:

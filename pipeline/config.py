@@ -61,6 +61,17 @@ class Config(BaseModel):
         "bounds the memory of a scorer on a CPU (80 MB a megapixel with the bundled model, 160 "
         "with a ResNet-50 card) and its time, which grows with the square of large pictures.",
     )
+    max_duration_s: float = Field(
+        default=24 * 3600.0,
+        gt=0,
+        description="Longest video accepted, in seconds; longer ones fail as `too_large`. A header "
+        "that promises years would otherwise be planned for.",
+    )
+    max_file_bytes: int = Field(
+        default=256 << 30,
+        gt=0,
+        description="Largest file accepted; larger ones fail as `too_large` before they are opened.",
+    )
     unit_frames: int = Field(
         default=64,
         gt=0,

@@ -124,7 +124,7 @@ class DecodeMemory(MediaError):
 
 
 class TooLarge(MediaError):
-    """A picture has more pixels than the configured limit."""
+    """More pixels, seconds, streams or bytes than the configured limits allow."""
 
     code = "too_large"
 

@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline import cluster, schemas, storage
-from pipeline.catalog import Catalog
+from pipeline.catalog import Catalog, from_bytes
 from pipeline.config import Config
-from pipeline.errors import CatalogError, InternalError, MediaError
+from pipeline.errors import CatalogError, InternalError, MediaError, TooLarge
 from pipeline.media import guard, probe
 from pipeline.media.sample import SampleSpec, plan_samples, slice_units
 from pipeline.storage import Output, Stat
@@ -183,7 +183,8 @@ class _Planner:
         return pa.Table.from_pylist(rows, schema=schema)
 
     def _units(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        uri, explicit, address = item["uri"], item.pop("explicit"), item.pop("address")
+        uri, explicit = item["uri"], item.pop("explicit")
+        address = from_bytes(item.pop("address"))
         common = {**item, "item_id": item_id(uri), "model": self.model}
         try:
             if not explicit and not self._is_media(address):
@@ -202,10 +203,20 @@ class _Planner:
     def _planned(self, common: dict[str, Any], address: str) -> list[dict[str, Any]]:
         config = self.config
         stat = storage.stat(address)
+        if stat.size_bytes > config.max_file_bytes:
+            raise TooLarge(
+                f"{address}: {stat.size_bytes} bytes, over the limit of {config.max_file_bytes}. "
+                "Raise max_file_bytes if that is meant."
+            )
         spec = SampleSpec.parse(config.sample)
         decoder = guard.shared(config.decode_memory_bytes)
         found = decoder.probe(address, config.sample, config.max_pixels, config.decode_timeout_s)
         facts = found.facts
+        if found.timeline.duration_s > config.max_duration_s:
+            raise TooLarge(
+                f"{address}: {found.timeline.duration_s:.0f} s by its header, over the limit of "
+                f"{config.max_duration_s:.0f}. Raise max_duration_s if it is really so long."
+            )
         frame_bytes = max(1, facts.coded_width * facts.coded_height * 3)
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
         if facts.kind == "image":

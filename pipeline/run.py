@@ -225,11 +225,13 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
 
 
 def _addresses(found: catalog.Catalog) -> dict[str, str]:
-    """By item_id, the addresses that are more than the URI in the tables: those with credentials.
+    """By item_id, the addresses that are more than the URI in the tables, as with credentials.
 
     They are handed to the workers in memory and written nowhere.
     """
-    pairs = zip(found.table["uri"].to_pylist(), found.table["address"].to_pylist(), strict=True)
+    uris = found.table["uri"].to_pylist()
+    addresses = map(catalog.from_bytes, found.table["address"].to_pylist())
+    pairs = zip(uris, addresses, strict=True)
     return {plan.item_id(uri): address for uri, address in pairs if uri != address}
 
 

@@ -195,10 +195,10 @@ def _decode_unit(
             "frame": _form(found),
         }
     except MediaError as error:
-        row |= failure("decode", error, unit["uri"], config)
+        row |= failure("decode", error, unit["uri"], config) | {"pts_s": unit["times_s"]}
     except Exception as error:
         wrapped = InternalError(f"{unit['uri']}: {type(error).__name__}: {error}")
-        row |= failure("decode", wrapped, unit["uri"], config)
+        row |= failure("decode", wrapped, unit["uri"], config) | {"pts_s": unit["times_s"]}
     row["decode_s"] = time.perf_counter() - started
     return _with_frames(row, found)
 
@@ -294,7 +294,7 @@ class ScoreUnits:
             row["score_s"] = seconds * len(frames) / total
             row["finished_at"] = datetime.now(UTC)
             if isinstance(result, MediaError):
-                row |= {"pts_s": None, "weight_s": None, "score": None}
+                row |= {"weight_s": None, "score": None}
                 row |= failure("score", result, row["uri"], self.config)
                 row["message"] = f"{row['uri']}: {result}"
             elif row["code"] is None:

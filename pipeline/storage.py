@@ -55,14 +55,15 @@ def redacted(text: str) -> str:
     """A text with the credentials in its URLs taken out: of users, and of signed addresses.
 
     What is left of an address is the same however often it is signed anew. Text without URLs is
-    returned as it is.
+    returned as it is, but for bytes of file names that are not UTF-8: they are escaped, since
+    neither Parquet nor a terminal can take them.
     """
 
     def clean(match: re.Match[str]) -> str:
         rest = _SECRET_PARAMETER.sub(r"\g<name>=REDACTED", match["rest"])
         return match["scheme"] + rest
 
-    return _URL.sub(clean, text)
+    return _URL.sub(clean, text).encode("utf-8", "backslashreplace").decode()
 
 
 def locate(url: str) -> tuple[Any, str]:
@@ -129,11 +130,7 @@ def open_media(url: str) -> Iterator[str | IO[bytes]]:
     with _media_errors(url):
         fs, path = locate(url)
         if isinstance(fs, LocalFileSystem):
-            with Path(path).open(
-                "rb"
-            ):  # absent and forbidden files fail here, with their own names
-                pass
-            source: str | IO[bytes] = path
+            source: str | IO[bytes] = _local(path)
         elif fs.size(path) <= WHOLE_FETCH_BYTES:
             source = io.BytesIO(fs.cat_file(path))
         else:
@@ -143,6 +140,17 @@ def open_media(url: str) -> Iterator[str | IO[bytes]]:
     finally:
         if not isinstance(source, str):
             source.close()
+
+
+def _local(path: str) -> str | IO[bytes]:
+    """The path, of a file that can be read; the open file where FFmpeg cannot take its name."""
+    file = Path(path).open("rb")  # absent and forbidden files fail here, with their own names
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return file
+    file.close()
+    return path
 
 
 @contextlib.contextmanager

@@ -18,12 +18,15 @@ from pipeline.errors import (
     NotMedia,
     NoVideoStream,
     StorageError,
+    TooLarge,
     UnsupportedCodec,
 )
 
 # What is read from the start and the end of a file to tell encryption from damage.
 _EVIDENCE_BYTES = 1 << 20
 _ATTACHED_PIC = 0x400
+# Multiplexes of whole broadcast transponders have fewer.
+MAX_STREAMS = 256
 
 # Demuxers that read the one file they are given. Playlists and descriptions (HLS, DASH, concat,
 # SDP, image sequences), which make FFmpeg open other files and addresses, are not among them.
@@ -64,6 +67,8 @@ def _open(url: str, source: str | IO[bytes]) -> Iterator[InputContainer]:
 
 
 def _best_stream(url: str, container: InputContainer) -> VideoStream:
+    if len(container.streams) > MAX_STREAMS:
+        raise TooLarge(f"{url}: {len(container.streams)} streams, over the limit of {MAX_STREAMS}.")
     streams = [s for s in container.streams.video if not int(s.disposition) & _ATTACHED_PIC]
     if not streams:
         kinds = ", ".join(sorted({str(s.type) for s in container.streams})) or "nothing"

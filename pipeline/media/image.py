@@ -80,6 +80,7 @@ class _opened:
 
     def __enter__(self) -> Image.Image:
         try:
+            self._check(*_webp_size(self.source))  # Pillow allocates a WebP as it opens it
             # The limit is checked below, before any pixel is decoded; Pillow's own would warn.
             Image.MAX_IMAGE_PIXELS = None
             self.image = Image.open(self.source, formats=FORMATS)
@@ -87,17 +88,41 @@ class _opened:
             raise DecodeError(f"{self.url}: damaged image, its header is unreadable.") from error
         except (OSError, SyntaxError, ValueError) as error:
             raise DecodeError(f"{self.url}: damaged image ({error}).") from error
-        width, height = self.image.size
-        if width * height > self.max_pixels:
+        try:
+            self._check(*self.image.size)
+        except TooLarge:
             self.image.close()
+            raise
+        return self.image
+
+    def _check(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
             raise TooLarge(
                 f"{self.url}: {width}x{height} pixels, over the limit of {self.max_pixels}. "
                 "Raise max_pixels if there is memory for it."
             )
-        return self.image
 
     def __exit__(self, *_: object) -> None:
         self.image.close()
+
+
+def _webp_size(source: Any) -> tuple[int, int]:
+    """Width and height in the header of a WebP file (RFC 9649, section 2); zeros of any other."""
+    if isinstance(source, str):
+        with Path(source).open("rb") as file:
+            head = file.read(30)
+    else:
+        head = source.read(30)
+        source.seek(0)
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0, 0
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        sides = int.from_bytes(head[21:25], "little")
+        return 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+    sides = int.from_bytes(head[26:30], "little")
+    return sides & 0x3FFF, sides >> 16 & 0x3FFF
 
 
 def _bits(image: Image.Image) -> int:

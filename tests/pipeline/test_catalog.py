@@ -1,10 +1,14 @@
 import json
+import os
+import string
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from pipeline import catalog
+from pipeline import catalog, schemas
 from pipeline.errors import CatalogError
 
 
@@ -108,3 +112,37 @@ def test_any_fsspec_url_can_be_listed():
     for name in ("/cat/x.mp4", "/cat/deep/y.jpg"):
         fs.pipe(name, b"x")
     assert uris(catalog.read("memory://cat")) == ["memory:///cat/deep/y.jpg", "memory:///cat/x.mp4"]
+
+
+def test_a_name_that_is_not_text_keeps_its_bytes_and_shows_escaped(tmp_path):
+    (tmp_path / "plain.mp4").touch()
+    os.rename(tmp_path / "plain.mp4", os.fsencode(tmp_path) + b"/caf\xe9.mp4")  # noqa: PTH104
+    found = catalog.read(str(tmp_path))
+    assert uris(found) == [f"{tmp_path}/caf\\udce9.mp4"]
+    (address,) = found.table["address"].to_pylist()
+    assert os.path.exists(catalog.from_bytes(address))  # noqa: PTH110
+
+
+names = st.text(string.printable, min_size=1, max_size=30).filter(lambda s: s.strip() == s != "uri")
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    columns=st.lists(names, max_size=5, unique=True),
+    paths=st.lists(cells.filter(bool), min_size=1, max_size=8),
+    data=st.data(),
+)
+def test_any_manifest_keeps_each_item_once_with_its_columns(tmp_path, columns, paths, data):
+    """Whatever is in it, `../` and the names of our own columns too: all of it is data."""
+    given_rows = [{"uri": p, **{c: data.draw(cells) for c in columns}} for p in paths]
+    pq.write_table(pa.Table.from_pylist(given_rows), tmp_path / "list.parquet")
+    found = catalog.read(str(tmp_path / "list.parquet"))
+    rows = found.table.to_pylist()
+    assert len(rows) + found.duplicates == len(paths)
+    assert len({row["uri"] for row in rows}) == len(rows)
+    assert len(found.extras) == len(columns)
+    lower = [name.lower() for name in found.table.column_names]
+    assert len(set(lower)) == len(lower)
+    assert not any(schemas.is_reserved(field.name) for field in found.extras)
+    assert list(rows[0].values())[3:] == [given_rows[0][c] for c in columns]

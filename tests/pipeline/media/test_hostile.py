@@ -7,9 +7,12 @@ server that counts requests.
 import http.server
 import os
 import threading
+from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from jobs.sample_media import encode, pan
 from pipeline.errors import DecodeTimeout, MediaError
@@ -127,3 +130,85 @@ def test_a_name_as_long_as_a_name_can_be_is_only_a_name(tmp_path, guard):
     path = path.rename(deep / ("n" * 250 + ".mp4"))
     assert len(str(path)) > 1000
     assert guard.probe(str(path), "all", PIXELS, 20.0).facts.codec == "h264"
+
+
+def peak_mb(guard):
+    """The most memory that the child has ever held."""
+    status = Path(f"/proc/{guard._process.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def black_video(path, side):
+    """One black frame: a few kilobytes that decode to side * side pixels."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        frame = av.VideoFrame(side, side, "yuv420p")
+        for plane, level in zip(frame.planes, (16, 128, 128), strict=True):
+            plane.update(np.full(plane.buffer_size, level, np.uint8))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def bombs(folder):
+    """Files of under 1 MB whose pictures would take hundreds of megabytes."""
+    side = 16_000
+    Image.new("1", (side, side)).save(folder / "bomb.png")
+    Image.new("RGB", (16_383, 16_383)).save(folder / "bomb.webp", lossless=True, method=0)
+    video = black_video(folder / "bomb.mp4", 8192)
+    # The same with a header that says 64x64, and a small one with a header that says 65535x65535.
+    for name, source, size in (
+        ("lies-small.mp4", video, 64),
+        ("lies-large.mp4", black_video(folder / "small.mp4", 64), 65_535),
+    ):
+        data = bytearray(source.read_bytes())
+        at = data.index(b"avc1", data.index(b"stsd")) + 28  # ISO/IEC 14496-12, VisualSampleEntry
+        data[at : at + 4] = 2 * size.to_bytes(2, "big")
+        (folder / name).write_bytes(data)
+    (folder / "small.mp4").unlink()
+
+
+def test_pictures_that_unpack_to_gigabytes_are_refused_before_they_do(tmp_path):
+    bombs(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        assert path.stat().st_size < 1_000_000
+        guard = Guard(1 << 30)
+        try:
+            try:
+                guard.probe(str(path), "all", 25_000_000, 20.0)
+                found = guard.decode_video(
+                    str(path), [0.0], [1.0], 25_000_000, 2 * 3 * 64 * 64, 20.0
+                )
+                outcome = (found.widths, found.heights)
+            except MediaError as error:
+                outcome = error.code
+            assert peak_mb(guard) < 300, path.name
+        finally:
+            guard.close()
+        # Of the last one the stream itself says how large it is, and that is believed.
+        expected = ([64], [64]) if path.name == "lies-large.mp4" else "too_large"
+        assert outcome == expected, path.name
+
+
+def test_a_file_of_a_thousand_tracks_is_refused(tmp_path, guard):
+    path = tmp_path / "tracks.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("mpeg4", rate=25) for _ in range(300)]
+        for stream in streams:
+            stream.width = stream.height = 32
+            stream.pix_fmt = "yuv420p"
+        for stream in streams:
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+    with pytest.raises(MediaError, match="300 streams") as caught:
+        guard.probe(str(path), "all", PIXELS, 60.0)
+    assert caught.value.code == "too_large"
+
+
+def test_a_name_that_is_not_text_is_only_a_name(tmp_path, guard):
+    path = encode(tmp_path / "plain.mp4", pan(64, 96, 4, seed=1))
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    os.rename(path, odd)  # noqa: PTH104
+    assert guard.probe(odd, "all", PIXELS, 20.0).facts.codec == "h264"

@@ -115,3 +115,15 @@ def test_a_hundred_megapixels_are_refused_from_the_header_alone(tmp_path):
         image.decode(str(path), 40_000_000, "black")
     with pytest.raises(TooLarge, match="huge.png"):
         image.facts(str(path), 40_000_000)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lossless": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}]
+)
+def test_the_size_of_a_webp_is_known_before_it_is_opened(tmp_path, picture, options):
+    """Plain, lossless and extended files hold it in different places."""
+    path = tmp_path / "a.webp"
+    Image.fromarray(picture).save(path, **options)
+    with pytest.raises(TooLarge, match=f"{picture.shape[1]}x{picture.shape[0]}"):
+        image.facts(str(path), picture.shape[0] * picture.shape[1] - 1)
+    assert image.facts(str(path), picture.size).width == picture.shape[1]
