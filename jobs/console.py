@@ -1,6 +1,7 @@
 """What a run says while it works: a live line on a terminal, log lines elsewhere, or JSON."""
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -17,9 +18,12 @@ class Events:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.stdout = sys.stdout
         if as_json:
-            sys.stdout = sys.stderr  # Ray prints remarks of its own there
+            # Ray prints remarks of its own on stdout, from threads and at its end too: from here
+            # on, what is written there goes to stderr, and only events go to the real one.
+            sys.stdout.flush()
+            self.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+            os.dup2(2, 1)
         self.console = Console(stderr=True, highlight=False)
         self.status: Status | None = None
         self.last_line = 0.0
@@ -37,8 +41,7 @@ class Events:
             show(**fields)
 
     def close(self) -> None:
-        """Leave the terminal and stdout as they were."""
-        sys.stdout = self.stdout
+        """Leave the terminal as it was."""
         if self.status is not None:
             self.status.stop()
             self.status = None

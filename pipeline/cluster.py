@@ -11,6 +11,7 @@ import ray
 import ray.data
 from ray.autoscaler.sdk import request_resources
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
 from pipeline.errors import RunError, TooManyFailures
@@ -119,6 +120,12 @@ def bounded_retries() -> dict[str, Any]:
 def bounded_actor_retries() -> dict[str, Any]:
     """For scorers: one that dies each time (for want of memory) must end the run, not loop."""
     return {"max_task_retries": 3}
+
+
+def beside_driver(kind: type) -> Any:
+    """An actor class whose actors live on the driver's node: other nodes may go away in a run."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind)
 
 
 def run_error(error: Exception) -> RunError:

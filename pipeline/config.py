@@ -70,7 +70,7 @@ class Config(BaseModel):
     max_file_bytes: int = Field(
         default=256 << 30,
         gt=0,
-        description="Largest file accepted; larger ones fail as `too_large` before they are opened.",
+        description="Largest file accepted; larger ones fail as `too_large`, unopened.",
     )
     unit_frames: int = Field(
         default=64,

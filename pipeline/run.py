@@ -205,7 +205,7 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
     if not to_do and not commits.has_pending(run.output):
         return 0.0
     rest = None if allowed is None else allowed - planned.failed_items
-    monitor = ray.remote(num_cpus=0)(Monitor).remote(rest)
+    monitor = cluster.beside_driver(Monitor).remote(rest)
     plan_path = run.output.inside(*plan.table_path(run.model))
     with _watched(monitor, to_do, run.event):
         seconds, _ = _timed(

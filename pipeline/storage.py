@@ -144,13 +144,12 @@ def open_media(url: str) -> Iterator[str | IO[bytes]]:
 
 def _local(path: str) -> str | IO[bytes]:
     """The path, of a file that can be read; the open file where FFmpeg cannot take its name."""
-    file = Path(path).open("rb")  # absent and forbidden files fail here, with their own names
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
-        return file
-    file.close()
-    return path
+        return Path(path).open("rb")
+    with Path(path).open("rb"):  # absent and forbidden files fail here, with their own names
+        return path
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""kill -9 of whoever takes part in a run, at a random moment; then the same command again.
+"""kill -9 of whoever takes part in a run, at any moment; then the same command again.
 
-`make test` runs one seed, which kills the driver; TOPIQ_KILLS=N in the environment (`make chaos`)
-runs N of them.
+`make test` kills a node of a cluster once, and once the driver of a run that started Ray itself;
+TOPIQ_KILLS=N in the environment (`make chaos`) makes N kills on the cluster.
 """
 
 import json
@@ -19,19 +19,29 @@ import duckdb
 import psutil
 import pytest
 from PIL import Image
+from ray.cluster_utils import Cluster
 
 from jobs.sample_media import encode, landscape, pan
 
 REPOSITORY = Path(__file__).parents[2]
 LONG_S = 240.0
 KILLS = int(os.environ.get("TOPIQ_KILLS", "1"))
-# Whom to kill, by what their command line begins with; the driver is the command itself.
+# Whom to kill, by what their command line begins with; a node and the driver are known otherwise.
 VICTIMS = {
+    "node": None,
     "driver": None,
     "scorer": "ray::MapWorker(MapBatches(ScoreUnits))",
     "decode worker": "ray::MapBatches(decode_units)",
     "decoder": f"{sys.executable} -m pipeline.media.child",
     "writer": "ray::Write",
+}
+# When: at a moment that the seed chooses, or as soon as the output shows a step of the protocol.
+STEPS = {
+    "any time": None,
+    "ids pending": "_checkpoint/*.pending.parquet",
+    "rows written": "frame_scores/*.parquet",
+    "ids committed": "_checkpoint/*[0-9].parquet",
+    "scores being replaced": "scores/*",
 }
 
 
@@ -47,10 +57,60 @@ def catalog(tmp_path_factory):
     return folder
 
 
-class Command:
-    """`topiq score` in a process of its own; its events as they come."""
+class Nodes:
+    """A Ray cluster on this machine: a head for the driver and two nodes of two CPUs."""
 
-    def __init__(self, catalog, out):
+    def __init__(self):
+        head = {"num_cpus": 0, "object_store_memory": 150 << 20, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        self.workers = []
+        self.add()
+        self.add()
+
+    def add(self):
+        self.workers.append(
+            self.cluster.add_node(num_cpus=2, object_store_memory=150 << 20, wait=False)
+        )
+
+    def kill(self, index):
+        """All of a node's processes, as when its machine goes; another one comes in its place."""
+        node = self.workers.pop(index)
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.add()
+
+    def processes(self, title):
+        """Processes of the nodes whose command line begins with a title."""
+        raylets = [p.process.pid for n in self.workers for p in n.all_processes["raylet"]]
+        return [found for raylet in raylets for found in titled(raylet, title)]
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    nodes = Nodes()
+    yield nodes
+    nodes.cluster.shutdown()
+
+
+def titled(pid, title):
+    """Processes below a process whose command line begins with a title."""
+    found = []
+    try:
+        below = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+    for process in below:
+        try:
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+class Command:
+    """`topiq score` in a process of its own, on the nodes or alone; its events as they come."""
+
+    def __init__(self, catalog, out, nodes=None):
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "jobs.score", str(catalog), "-o", str(out), "--json",
@@ -58,6 +118,7 @@ class Command:
             ],
             cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             start_new_session=True,
+            env=os.environ | ({"RAY_ADDRESS": nodes.cluster.address} if nodes else {}),
         )  # fmt: skip
         self.planned = threading.Event()
         self.prose = []
@@ -83,17 +144,6 @@ class Command:
             self.process.kill()
             self.process.wait()
 
-    def family(self, title):
-        """Processes below the command whose command line begins with a title."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if " ".join(process.cmdline()).startswith(title):
-                    found.append(process)
-            except psutil.Error:
-                pass
-        return found
-
 
 def tables(out):
     """What must not depend on what happened on the way."""
@@ -111,10 +161,10 @@ def tables(out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(catalog, tmp_path_factory):
+def undisturbed(catalog, nodes, tmp_path_factory):
     """The tables of a run in peace, and how long it took after planning."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    command = Command(catalog, out)
+    command = Command(catalog, out, nodes)
     assert command.planned.wait(LONG_S)
     started = time.monotonic()
     assert command.wait() == 2  # the bad one
@@ -122,48 +172,83 @@ def undisturbed(catalog, tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_a_kill_at_any_moment_loses_and_repeats_nothing(catalog, undisturbed, tmp_path, seed):
+def test_a_kill_at_any_moment_loses_and_repeats_nothing(
+    catalog, nodes, undisturbed, tmp_path, seed
+):
     expected, seconds = undisturbed
     chance = random.Random(seed)
     victim = list(VICTIMS)[seed % len(VICTIMS)]
+    step = list(STEPS)[seed // len(VICTIMS) % len(STEPS)]
     out = tmp_path / "out"
-    command = Command(catalog, out)
-    family = []
+    command = Command(catalog, out, nodes)
     try:
         assert command.planned.wait(LONG_S)
-        moment = time.monotonic() + chance.uniform(0, seconds)
-        while time.monotonic() < moment and command.process.poll() is None:
-            time.sleep(0.005)
-        if command.process.poll() is None:
-            family = psutil.Process(command.process.pid).children(recursive=True)
-        killed = kill(command, victim, moment + seconds)
+        await_step(command, out, step, chance, seconds)
+        killed = kill(command, nodes, victim, chance, time.monotonic() + seconds)
         code = command.wait()
     finally:
         command.end()
+    error = json.loads((out / "run.json").read_text()).get("error", "")
+    print(f"seed {seed}: {victim}, {step}, killed {killed}, first run ended with {code} {error}")
     if victim == "driver" and killed:
         assert code == -signal.SIGKILL
-    again = Command(catalog, out)
-    assert again.wait() == 2, f"{victim} killed: {killed}; first run ended with {code}"
+    again = Command(catalog, out, nodes)
+    assert again.wait() == 2
     assert command.prose == again.prose == [], "stdout is for events alone"
-    found = tables(out)
-    repeated = [u for u, n in Counter(u for u, *_ in found["units"]).items() if n > 1]
-    assert not repeated
-    assert found == expected
-    left = [p.name for p in out.rglob("*") if "pending" in p.name or "partial" in p.name]
-    assert left == []
-    assert not (out / "_lease.json").exists()
+    assert_undisturbed(out, expected)
+    # Whoever opened media or held a model is gone with the run that needed it.
+    deadline = time.monotonic() + LONG_S
+    while alive := [p for title in filter(None, VICTIMS.values()) for p in nodes.processes(title)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.2)
+
+
+def test_a_killed_driver_takes_the_cluster_that_it_started_with_it(catalog, undisturbed, tmp_path):
+    expected, seconds = undisturbed
+    out = tmp_path / "out"
+    command = Command(catalog, out)
+    try:
+        assert command.planned.wait(LONG_S)
+        await_step(command, out, "rows written", random.Random(0), seconds)
+        family = psutil.Process(command.process.pid).children(recursive=True)
+        command.process.kill()
+        assert command.wait() == -signal.SIGKILL
+    finally:
+        command.end()
+    assert Command(catalog, out).wait() == 2
+    assert_undisturbed(out, expected)
     # Ray's agents look for their raylet now and then, and end within a minute or two.
     _, alive = psutil.wait_procs(family, timeout=LONG_S)
     assert alive == []
 
 
-def kill(command, victim, until):
+def await_step(command, out, step, chance, seconds):
+    """Until the moment that was chosen, or until the run has ended."""
+    moment = time.monotonic() + chance.uniform(0, seconds)
+    count = chance.randint(1, 4)
+    seen = set()
+    while command.process.poll() is None:
+        if STEPS[step] is None:
+            if time.monotonic() >= moment:
+                return
+        else:
+            seen.update(out.glob(STEPS[step]))
+            if len(seen) >= (1 if step == "scores being replaced" else count):
+                return
+        time.sleep(0.002)
+
+
+def kill(command, nodes, victim, chance, until):
     """kill -9 one of that kind, as soon as there is one. Returns whether there was."""
-    if VICTIMS[victim] is None:
+    if victim == "driver":
+        running = command.process.poll() is None
         command.process.kill()
+        return running
+    if victim == "node":
+        nodes.kill(chance.randrange(len(nodes.workers)))
         return True
     while time.monotonic() < until and command.process.poll() is None:
-        for process in command.family(VICTIMS[victim]):
+        for process in nodes.processes(VICTIMS[victim]):
             try:
                 process.kill()
             except psutil.Error:
@@ -171,3 +256,14 @@ def kill(command, victim, until):
             return True
         time.sleep(0.005)
     return False
+
+
+def assert_undisturbed(out, expected):
+    """The tables are those of a run in peace, and nothing else is left."""
+    found = tables(out)
+    repeated = [u for u, n in Counter(u for u, *_ in found["units"]).items() if n > 1]
+    assert not repeated
+    assert found == expected
+    left = [p.name for p in out.rglob("*") if "pending" in p.name or "partial" in p.name]
+    assert left == []
+    assert not (out / "_lease.json").exists()

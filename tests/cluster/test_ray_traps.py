@@ -1,8 +1,8 @@
 """What Ray Data's checkpoint does in this version: the traps around which a run is built.
 
-Each of these was measured, and the settings in `pipeline/score.py` follow from it. A test that fails
-after an upgrade of Ray says that a trap has moved: look at `docs/architecture.md`, "The commit
-protocol", before you change it.
+Each of these was measured, and the settings in `pipeline/score.py` follow from it. A test that
+fails after an upgrade of Ray says that a trap has moved: look at `docs/architecture.md`, "The
+commit protocol", before you change it.
 """
 
 import collections
@@ -36,10 +36,9 @@ def context():
 
 @pytest.fixture
 def source(tmp_path):
-    pq.write_table(
-        pa.table({"unit_id": [f"u{n:02}" for n in range(ROWS)]}), tmp_path / "in.parquet"
-    )
-    return tmp_path / "in.parquet"
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"unit_id": [f"u{n:02}" for n in range(ROWS)]}), path)
+    return path
 
 
 def checkpointed(context, tmp_path, **options):
