@@ -96,8 +96,7 @@ class Events:
         if summary["frames_scored"]:
             self._say(
                 f"{summary['frames_scored']} frames in {summary['seconds']:.0f} s, "
-                f"{summary['frames_per_s']} a second while scoring; "
-                f"the {summary['bottleneck']} stage was the busier one"
+                f"{summary['frames_per_s']} a second while scoring; {summary['advice']}"
             )
         else:
             self._say(f"nothing new to score, {summary['seconds']:.0f} s")

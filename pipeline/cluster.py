@@ -151,6 +151,11 @@ def run_error(error: Exception) -> RunError:
             f"At that time: {'; '.join(doing)}. Look at the nodes and at their memory; what is "
             "scored is kept, and the same command goes on where this one stopped."
         )
+    if "No space left on device" in text:
+        return RunError(
+            "no space left on a disk, most likely the output's. Free some; what is scored is kept, "
+            "and the same command goes on where this one stopped."
+        )
     last = [line for line in text.splitlines() if line.strip()]
     return RunError(f"Ray gave up: {last[-1] if last else type(error).__name__}")
 

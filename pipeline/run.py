@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import av
-import duckdb
-import pyarrow.dataset as pads
 import ray
 
-from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas, score
+from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas, score, stages
 from pipeline.config import Config
 from pipeline.errors import BY_CODE, ConfigError, OutputError, TooManyFailures
 from pipeline.monitor import Monitor
+from pipeline.stages import Bottleneck
 from pipeline.storage import Output, redacted
 from topiq_core import weights as weights_file
 from topiq_core.weights import Weights
@@ -30,17 +29,6 @@ Event = Callable[..., None]
 """Called as event(name, **fields) when something has happened; docs/events.md lists them."""
 
 _POLL_S = 1.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How one stage of the run did. `busy` is the share of its workers' time spent working."""
-
-    workers: int
-    seconds: float
-    frames_per_s: float | None
-    pixels_per_s: float | None
-    busy: float | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,8 @@ class Summary:
     frames_scored: int
     seconds: float
     frames_per_s: float | None
-    bottleneck: str | None
+    bottleneck: Bottleneck | None
+    advice: str | None
 
 
 @dataclass(frozen=True)
@@ -104,9 +93,27 @@ def _run_steps(run: _Run) -> Summary:
             event("item_failed", uri=uri, code=code, message=message)
         score_seconds = _score(run, shares, planned)
         counts = aggregate.run(run.output, run.model, run.config.pooling)
-        stages, frames = _stages(run, shares, score_seconds)
-        record["stages"] = {name: asdict(stage) for name, stage in stages.items()}
-        summary = _summary(run, planned, counts, stages, frames, score_seconds, started)
+        found = stages.of_run(run.output, run.run_id, shares, score_seconds)
+        record["stages"] = {"decode": asdict(found.decode), "score": asdict(found.score)}
+        held_up = stages.verdict(found, shares)
+        summary = Summary(
+            run_id=run.run_id,
+            output=run.output.url,
+            model=run.model,
+            items=counts.items,
+            scored=counts.scored,
+            partial=counts.partial,
+            failed=counts.failed,
+            failed_by_code=dict(counts.failed_by_code.most_common()),
+            skipped=planned.skipped,
+            duplicates=planned.duplicates,
+            frames=counts.frames,
+            frames_scored=found.frames,
+            seconds=round(time.monotonic() - started, 2),
+            frames_per_s=round(found.frames / score_seconds, 2) if found.frames else None,
+            bottleneck=held_up[0] if held_up else None,
+            advice=held_up[1] if held_up else None,
+        )
     except BaseException as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         record["finished_at"] = _now()
@@ -233,74 +240,6 @@ def _addresses(found: catalog.Catalog) -> dict[str, str]:
     addresses = map(catalog.from_bytes, found.table["address"].to_pylist())
     pairs = zip(uris, addresses, strict=True)
     return {plan.item_id(uri): address for uri, address in pairs if uri != address}
-
-
-def _summary(
-    run: _Run,
-    planned: plan.PlanCounts,
-    counts: aggregate.Counts,
-    stages: dict[str, Stage],
-    frames: int,
-    score_seconds: float,
-    started: float,
-) -> Summary:
-    busiest = max(stages, key=lambda name: stages[name].busy or 0.0)
-    return Summary(
-        run_id=run.run_id,
-        output=run.output.url,
-        model=run.model,
-        items=counts.items,
-        scored=counts.scored,
-        partial=counts.partial,
-        failed=counts.failed,
-        failed_by_code=dict(counts.failed_by_code.most_common()),
-        skipped=planned.skipped,
-        duplicates=planned.duplicates,
-        frames=counts.frames,
-        frames_scored=frames,
-        seconds=round(time.monotonic() - started, 2),
-        frames_per_s=round(frames / score_seconds, 2) if frames else None,
-        bottleneck=busiest if frames else None,
-    )
-
-
-_STAGE_QUERY = """
-SELECT coalesce(sum(len(score)), 0)::BIGINT,
-       coalesce(sum(len(score) * frame.width::BIGINT * frame.height), 0)::BIGINT,
-       coalesce(sum(decode_s), 0),
-       coalesce(sum(score_s), 0)
-FROM table_of_run
-WHERE run_id = ?
-"""
-
-
-def _stages(run: _Run, shares: cluster.Shares, seconds: float) -> tuple[dict[str, Stage], int]:
-    """How busy each stage was in this run, from the times in the rows it wrote."""
-    output = run.output
-    files = output.parquet_files("frame_scores")
-    frames, pixels, decode_s, score_s = 0, 0, 0.0, 0.0
-    if files:
-        table_of_run = pads.dataset(  # noqa: F841 (DuckDB finds it by name)
-            files, schema=schemas.OUTCOME, filesystem=output.arrow_filesystem()
-        )
-        row = duckdb.execute(
-            _STAGE_QUERY,
-            [run.run_id],
-        ).fetchall()[0]
-        frames, pixels, decode_s, score_s = row
-
-    def stage(workers: int, busy_s: float) -> Stage:
-        if not frames or not busy_s:
-            return Stage(workers, round(busy_s, 3), None, None, None)
-        per_second = workers / busy_s
-        busy = round(busy_s / (workers * seconds), 3)
-        speed = round(frames * per_second, 2)
-        return Stage(workers, round(busy_s, 3), speed, round(pixels * per_second), busy)
-
-    return {
-        "decode": stage(shares.decode_tasks, decode_s),
-        "score": stage(shares.score_actors, score_s),
-    }, int(frames)
 
 
 @contextmanager

@@ -89,6 +89,7 @@ OUTCOME = _versioned(
         pa.field("n_missing", pa.int32(), nullable=False),
         pa.field("frame", FRAME_FORM),
         pa.field("decode_s", pa.float64()),
+        pa.field("wait_s", pa.float64()),
         pa.field("score_s", pa.float64()),
         pa.field("host", pa.string()),
         pa.field("run_id", pa.string(), nullable=False),

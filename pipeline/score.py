@@ -193,6 +193,7 @@ def _decode_unit(
             "pts_s": found.pts_s,
             "weight_s": found.weight_s,
             "frame": _form(found),
+            "wait_s": found.wait_s,
         }
     except MediaError as error:
         row |= failure("decode", error, unit["uri"], config) | {"pts_s": unit["times_s"]}

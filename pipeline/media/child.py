@@ -11,8 +11,9 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import DecodeMemory, InternalError, MediaError
@@ -37,7 +38,9 @@ def main() -> None:
             return
         wire.send(sock, {"begun": True})
         with _FrameFile() as frames:
+            before = _Clock.now()
             reply = _answer(frames, **request)
+            reply["wait_s"] = before.waited_since()
             wire.send(sock, reply, frames.number if frames.sizes else None)
 
 
@@ -115,6 +118,29 @@ class _FrameFile:
         while rest:
             rest = rest[os.write(self.number, rest) :]
         self.sizes.append((rgb.shape[0], rgb.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Where this thread's time went, in seconds."""
+
+    wall: float
+    cpu: float
+    queue: float
+    """Ready to run, while other processes had the CPUs."""
+
+    @classmethod
+    def now(cls) -> "_Clock":
+        queue = 0.0
+        if sys.platform == "linux":
+            with open("/proc/thread-self/schedstat", encoding="ascii") as schedstat:  # noqa: PTH123
+                queue = int(schedstat.read().split()[1]) / 1e9
+        return cls(time.perf_counter(), time.thread_time(), queue)
+
+    def waited_since(self) -> float:
+        """Seconds since then that were spent neither computing nor in the queue for a CPU."""
+        now = self.now()
+        return max(0.0, now.wall - self.wall - (now.cpu - self.cpu) - (now.queue - self.queue))
 
 
 def _die_with_parent() -> None:

@@ -48,6 +48,8 @@ class Frames:
     """Samples for which no frame was on screen, because material is missing or damaged."""
     problem: str | None = None
     """Why frames are missing or doubtful; None when all went well."""
+    wait_s: float = 0.0
+    """Seconds in which the child neither computed nor waited for a CPU: it waited for storage."""
 
 
 class Guard:
@@ -88,7 +90,7 @@ class Guard:
         heights, widths, pixels = self._frames(url, reply["sizes"], file)
         return Frames(
             reply["pts_s"], reply["weight_s"], heights, widths, pixels, look,
-            reply["missing"], reply["problem"],
+            reply["missing"], reply["problem"], reply["wait_s"],
         )  # fmt: skip
 
     def decode_image(
@@ -98,7 +100,8 @@ class Guard:
         reply, file = self._ask(
             timeout_s, op="decode_image", url=url, max_pixels=max_pixels, alpha=alpha
         )
-        return Frames([0.0], [0.0], *self._frames(url, reply["sizes"], file))
+        frames = self._frames(url, reply["sizes"], file)
+        return Frames([0.0], [0.0], *frames, wait_s=reply["wait_s"])
 
     def close(self) -> None:
         """End the child, if there is one."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cluster, plan, run, schemas
+from pipeline import cluster, plan, run, schemas, stages
 from pipeline.config import Config
 from pipeline.errors import BY_CODE
 from pipeline.pooling import DEFAULT_POOLING
@@ -97,7 +97,7 @@ def test_documented_fields_of_run_json_are_those_of_the_record():
     expected = {
         "cluster": field_names(cluster.Shares),
         "plan": [*field_names(plan.PlanCounts), "seconds"],
-        "stages.NAME": field_names(run.Stage),
+        "stages.NAME": field_names(stages.Stage),
     }
     for parent, fields in expected.items():
         inside = [n.removeprefix(f"{parent}.") for n in names if n.startswith(f"{parent}.")]

@@ -4,6 +4,7 @@ A named pipe stands for a file that hangs a decoder: opening it waits for a writ
 the child waits there, a signal does to it what a fault in a C library would do.
 """
 
+import http.server
 import os
 import signal
 import subprocess
@@ -75,6 +76,31 @@ def test_an_image_of_the_child_is_that_of_the_decoder(guard, tmp_path):
     Image.fromarray(landscape(40, 60, seed=1)).save(path)
     (picture,) = pictures(guard.decode_image(str(path), PIXELS, "black", LONG_S))
     assert np.array_equal(picture, image.decode(str(path), PIXELS, "black"))
+
+
+def test_time_that_a_slow_store_takes_is_told_apart_from_decoding(guard, clips):
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(clips["h264.mp4"].stat().st_size))
+            self.end_headers()
+
+        def do_GET(self):
+            time.sleep(1.0)
+            self.do_HEAD()
+            self.wfile.write(clips["h264.mp4"].read_bytes())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        far = decode(guard, f"http://127.0.0.1:{server.server_port}/h264.mp4")
+        server.shutdown()
+    near = decode(guard, clips["h264.mp4"])
+    assert far.pts_s == near.pts_s
+    assert far.wait_s >= 1.0
+    assert near.wait_s < 0.5
 
 
 def test_facts_of_the_child_are_those_of_the_probe(guard, clips):

@@ -1,0 +1,104 @@
+"""How busy each stage of a run was, which one held it up, and what to change."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import duckdb
+import pyarrow.dataset as pads
+
+from pipeline import schemas
+from pipeline.cluster import Shares
+from pipeline.storage import Output
+
+Bottleneck = Literal["decode", "score", "io", "overhead"]
+
+# Below this, the busiest stage was idle most of the time: it was not what the run waited for.
+_BUSY = 0.4
+# Decoders that wait for storage for longer than this share of their time are not what is slow.
+_WAITING = 0.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage of the run did. `busy` is the share of its workers' time spent working.
+
+    `waiting` is the share of that in which it waited for storage.
+    """
+
+    workers: int
+    seconds: float
+    frames_per_s: float | None
+    pixels_per_s: float | None
+    busy: float | None
+    waiting: float | None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Both stages of a run, and the frames that it scored."""
+
+    decode: Stage
+    score: Stage
+    frames: int
+
+
+_QUERY = """
+SELECT coalesce(sum(len(score)), 0)::BIGINT,
+       coalesce(sum(len(score) * frame.width::BIGINT * frame.height), 0)::BIGINT,
+       coalesce(sum(decode_s), 0),
+       coalesce(sum(wait_s), 0),
+       coalesce(sum(score_s), 0)
+FROM table_of_run
+WHERE run_id = ?
+"""
+
+
+def of_run(output: Output, run_id: str, shares: Shares, seconds: float) -> Stages:
+    """What the rows that a run wrote in `seconds` of scoring tell of its stages."""
+    connection = duckdb.connect()
+    files = output.parquet_files("frame_scores")
+    if files:
+        rows = pads.dataset(files, schema=schemas.OUTCOME, filesystem=output.arrow_filesystem())
+        connection.register("table_of_run", rows)
+        found = connection.execute(_QUERY, [run_id]).fetchall()[0]
+    else:
+        found = (0, 0, 0.0, 0.0, 0.0)
+    frames, pixels, decode_s, wait_s, score_s = found
+
+    def stage(workers: int, busy_s: float, wait_s: float | None) -> Stage:
+        if not frames or not busy_s:
+            return Stage(workers, round(busy_s, 3), None, None, None, None)
+        return Stage(
+            workers,
+            round(busy_s, 3),
+            frames_per_s=round(frames * workers / busy_s, 2),
+            pixels_per_s=round(pixels * workers / busy_s),
+            busy=round(busy_s / (workers * seconds), 3),
+            waiting=None if wait_s is None else round(wait_s / busy_s, 3),
+        )
+
+    return Stages(
+        decode=stage(shares.decode_tasks, decode_s, wait_s),
+        score=stage(shares.score_actors, score_s, None),
+        frames=int(frames),
+    )
+
+
+def verdict(stages: Stages, shares: Shares) -> tuple[Bottleneck, str] | None:
+    """What held a run up, and what to change; None when it scored nothing."""
+    decode, score = stages.decode, stages.score
+    if not stages.frames or decode.busy is None or score.busy is None:
+        return None
+    if max(decode.busy, score.busy) < _BUSY:
+        return "overhead", (
+            "start-up and hand-over took most of the time: nothing to tune for so little work"
+        )
+    if score.busy >= decode.busy:
+        if shares.actor_gpus:
+            return "score", "the GPUs were the limit: add GPUs, or try precision=fp16"
+        return "score", "scoring on CPUs was the limit: add CPUs, or score on a GPU"
+    if (decode.waiting or 0.0) > _WAITING:
+        return "io", (
+            "decoders waited for storage: raise decode_tasks, or bring the run nearer to the media"
+        )
+    return "decode", "decoding was the limit: add CPUs and decode_tasks, or sample fewer frames"
