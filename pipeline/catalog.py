@@ -2,7 +2,7 @@
 
 import itertools
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schemas, storage
 from pipeline.errors import CatalogError
+from pipeline.storage import Stat
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 
@@ -27,15 +28,36 @@ MEDIA_SUFFIXES = frozenset((
 # fmt: on
 
 
+COLUMNS = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("address", pa.binary()),
+        ("explicit", pa.bool_()),
+        ("size_bytes", pa.int64()),
+        ("mtime", pa.float64()),
+        ("etag", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    address: str
+    explicit: bool
+    stat: Stat | None = None
+
+
 @dataclass
 class Catalog:
-    """The items found. `table` has `uri`, `address`, `explicit` and the manifest's own columns.
+    """The items found. `table` has the columns of `COLUMNS`, then the manifest's own.
 
     An item is read from its address; its `uri` is that without credentials and in UTF-8, and goes
     into tables. Addresses are bytes, as file names may be anything.
 
     An explicit item (named by the user, or with a media file's suffix) is scored or fails; any
     other is looked at, and left out without a word when its content is not media.
+
+    `size_bytes`, `mtime` and `etag` are those of the listing, null where nothing was listed.
     """
 
     table: pa.Table
@@ -50,11 +72,12 @@ def read(source: str) -> Catalog:
     """
     source = storage.absolute(source)
     fs, path = storage.locate(source)
+    fs.invalidate_cache()
     try:
         if fs.isfile(path):
             if PurePosixPath(path).suffix.lower() in MANIFEST_SUFFIXES:
                 return _manifest(source, fs, path)
-            return _listed([(source, True)])
+            return _listed([_Entry(source, True)])
         if fs.isdir(path):
             return _listed(_folder(fs, path), f"{source}: no files in this folder.")
         if any(c in path for c in "*?["):
@@ -64,22 +87,24 @@ def read(source: str) -> Catalog:
     raise CatalogError(f"{source}: no such file, folder, glob or manifest.")
 
 
-def _listed(items: Any, nothing: str = "") -> Catalog:
-    pairs = sorted(items)
-    if not pairs:
+def _listed(items: Iterable[_Entry], nothing: str = "") -> Catalog:
+    found = sorted(items, key=lambda entry: entry.address)
+    if not found:
         raise CatalogError(nothing)
-    uris, explicit = zip(*pairs, strict=True)
-    return Catalog(_items(list(uris), list(explicit)))
+    return Catalog(_items(found))
 
 
-def _items(addresses: list[str], explicit: list[bool]) -> pa.Table:
-    return pa.table(
-        {
-            "uri": pa.array([storage.redacted(a) for a in addresses], pa.string()),
-            "address": pa.array([to_bytes(a) for a in addresses], pa.binary()),
-            "explicit": pa.array(explicit),
-        }
-    )
+def _items(entries: list[_Entry]) -> pa.Table:
+    stats = [entry.stat or Stat(None, None, None) for entry in entries]
+    columns = {
+        "uri": [storage.redacted(entry.address) for entry in entries],
+        "address": [to_bytes(entry.address) for entry in entries],
+        "explicit": [entry.explicit for entry in entries],
+        "size_bytes": [stat.size_bytes for stat in stats],
+        "mtime": [stat.mtime for stat in stats],
+        "etag": [stat.etag for stat in stats],
+    }
+    return pa.table(columns, schema=COLUMNS)
 
 
 def to_bytes(address: str) -> bytes:
@@ -92,29 +117,38 @@ def from_bytes(address: bytes) -> str:
     return address.decode("utf-8", "surrogateescape")
 
 
-def _folder(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
+def _folder(fs: Any, path: str) -> Iterator[_Entry]:
     """All files below a folder, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
     for root, folders, files in fs.walk(path, detail=True):
         for name in [n for n in folders if n.startswith(".")]:
             del folders[name]
         for name, info in files.items():
-            # Pipes, sockets and devices are not media, and reading one may never end.
-            if name and not name.startswith(".") and info.get("type") != "other":
-                yield _entry(fs, info.get("name") or posixpath.join(root, name))
+            if name and not name.startswith(".") and _is_file(fs, info):
+                yield _entry(fs, info.get("name") or posixpath.join(root, name), info)
 
 
-def _glob(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
+def _glob(fs: Any, path: str) -> Iterator[_Entry]:
     """What matches, and all files below matching folders; hidden ones only when asked for."""
     hidden_too = posixpath.basename(path).startswith(".")
-    for match in fs.glob(path):
+    for match, info in fs.glob(path, detail=True).items():
         if fs.isdir(match):
             yield from _folder(fs, match)
-        elif hidden_too or not posixpath.basename(match).startswith("."):
-            yield _entry(fs, match)
+        elif (hidden_too or not posixpath.basename(match).startswith(".")) and _is_file(fs, info):
+            yield _entry(fs, match, info)
 
 
-def _entry(fs: Any, path: str) -> tuple[str, bool]:
-    return storage.unstrip(fs, path), PurePosixPath(path).suffix.lower() in MEDIA_SUFFIXES
+def _is_file(fs: Any, info: dict[str, Any]) -> bool:
+    """Pipes, sockets and devices are not media, and reading one may never end."""
+    if info.get("islink"):
+        return bool(fs.isfile(info["name"]))
+    return info.get("type") != "other"
+
+
+def _entry(fs: Any, path: str, info: dict[str, Any]) -> _Entry:
+    explicit = PurePosixPath(path).suffix.lower() in MEDIA_SUFFIXES
+    # A link is listed with its own size and time.
+    stat = None if info.get("islink") else storage.stat_from_info(info)
+    return _Entry(storage.unstrip(fs, path), explicit, stat)
 
 
 def _manifest(source: str, fs: Any, path: str) -> Catalog:
@@ -137,7 +171,7 @@ def _manifest(source: str, fs: Any, path: str) -> Catalog:
         if not uri:
             raise CatalogError(f"{source}: row {number} has no uri.")
         uris.append(_resolved(uri, base))
-    out = _items(uris, [True] * len(uris))
+    out = _items([_Entry(uri, True) for uri in uris])
     first: dict[str, int] = {}
     for index, uri in enumerate(out["uri"].to_pylist()):
         first.setdefault(uri, index)
@@ -167,7 +201,7 @@ def _resolved(uri: str, base: str) -> str:
 
 def _extra_names(names: list[str]) -> list[str]:
     """The manifest's columns under names that no column of ours has."""
-    taken = {"explicit", "address"}
+    taken = {"explicit", "address", "known_size_bytes", "known_mtime", "known_etag"}
     out = []
     for name in names:
         if name == "uri":

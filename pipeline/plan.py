@@ -1,24 +1,28 @@
 """plan: a catalog to work units.
 
-    items: one row per item        uri, explicit, columns of the manifest
+    items: one row per item        catalog.COLUMNS, columns of the manifest, what was known before
        |  probe   CPU, 1 item -> its units; opens each file once, decodes nothing
        v
     plan/: one row per work unit   schemas.PLAN + columns of the manifest
 
+An item whose file is as the last plan has it is not opened again: its units are taken from there.
 An item that cannot be planned is one row with a `code`; it becomes a row in failures/. A file
 that was merely found in a folder and is not media leaves no row, and is counted.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import ray
 
 from pipeline import cluster, schemas, storage
@@ -34,6 +38,10 @@ from topiq_core.weights import Weights
 # Counts up when decoding, colour or sampling changes what a score is of.
 SCORING_VERSION = 1
 _ROWS_PER_GROUP = 8192
+# Marks in `unit_index` of rows that are no units: a file that is no media, an item that is as the
+# last plan has it.
+_SKIPPED, _UNCHANGED = -1, -2
+_SIGNATURE = b"topiq_plan_signature"
 
 
 def item_id(uri: str) -> str:
@@ -72,6 +80,18 @@ def fingerprint(config: Config, weights: Weights) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def signature(config: Config, fingerprint: str) -> bytes:
+    """Identifies everything that a plan depends on, but for the files themselves."""
+    parts = {
+        "fingerprint": fingerprint,
+        "unit_frames": config.unit_frames,
+        "unit_bytes": config.unit_bytes,
+        "limits": [config.max_pixels, config.max_duration_s, config.max_file_bytes],
+        "av": importlib.metadata.version("av"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest().encode()
+
+
 def run(
     catalog: Catalog,
     output: Output,
@@ -84,9 +104,12 @@ def run(
 
     Each of the two files is replaced in one step. Returns what is in the plan.
     """
-    planner = _Planner(config, weights.card.name, fingerprint(config, weights))
-    schema = pa.schema([*schemas.PLAN, *catalog.extras], metadata=schemas.PLAN.metadata)
-    units = ray.data.from_arrow(_chunks(catalog.table, shares)).map_batches(
+    model, scoring = weights.card.name, fingerprint(config, weights)
+    planner = _Planner(config, model, scoring)
+    mark = {_SIGNATURE: signature(config, scoring)}
+    schema = pa.schema([*schemas.PLAN, *catalog.extras], metadata=schemas.PLAN.metadata | mark)
+    before = _last_plan(output, model, mark[_SIGNATURE])
+    units = ray.data.from_arrow(_chunks(_with_known(catalog.table, before), shares)).map_batches(
         planner,
         batch_size=None,
         batch_format="pyarrow",
@@ -95,35 +118,83 @@ def run(
         fn_kwargs={"schema": schema},
     )
     counts = PlanCounts(duplicates=catalog.duplicates)
-    model = weights.card.name
+    batches = units.iter_batches(batch_size=None, batch_format="pyarrow")
     try:
-        _write(units, output, schema, model, counts, run_id, config)
+        with (
+            output.parquet_writer(schema, *table_path(model)) as writer,
+            output.parquet_writer(schemas.OUTCOME, "failures", f"plan-{model}.parquet") as failures,
+        ):
+            for table in _merged(_regrouped(batches), before, catalog, schema, counts):
+                _count(counts, table)
+                writer.write_table(table)
+                failures.write_table(_failures(table, run_id, config))
+            if counts.items == 0:
+                raise CatalogError("there is no image and no video in the catalog.")
     except ray.exceptions.RayError as error:
         raise cluster.run_error(error) from error
     return counts
 
 
-def _write(
-    units: Any,
-    output: Output,
+def _last_plan(output: Output, model: str, signature: bytes) -> pads.Dataset | None:
+    """The plan that lies in the output, if it was made in the same way as this one will be."""
+    path = output.inside(*table_path(model))
+    if not output.fs.exists(path):
+        return None
+    found = pads.dataset(path, filesystem=output.arrow_filesystem())
+    return found if (found.schema.metadata or {}).get(_SIGNATURE) == signature else None
+
+
+_KNOWN = """
+SELECT items.*, known.size_bytes AS known_size_bytes, known.mtime AS known_mtime,
+       known.etag AS known_etag
+FROM items LEFT JOIN (SELECT * FROM known WHERE unit_index = 0 AND code IS NULL) known USING (uri)
+ORDER BY items.uri
+"""
+
+
+def _with_known(items: pa.Table, before: pads.Dataset | None) -> pa.Table:
+    """The items, and beside each its file's size, time and etag as the last plan has them."""
+    if before is None:
+        return items
+    connection = duckdb.connect()
+    connection.register("items", items)
+    connection.register("known", before)
+    return connection.sql(_KNOWN).to_arrow_table()
+
+
+def _merged(
+    tables: Iterator[pa.Table],
+    before: pads.Dataset | None,
+    catalog: Catalog,
     schema: pa.Schema,
-    model: str,
     counts: PlanCounts,
-    run_id: str,
-    config: Config,
-) -> None:
-    with (
-        output.parquet_writer(schema, *table_path(model)) as writer,
-        output.parquet_writer(schemas.OUTCOME, "failures", f"plan-{model}.parquet") as failures,
-    ):
-        for table in _regrouped(units.iter_batches(batch_size=None, batch_format="pyarrow")):
-            planned = table.filter(pc.not_equal(table["unit_index"], -1))
-            counts.skipped += table.num_rows - planned.num_rows
-            _count(counts, planned)
-            writer.write_table(planned.cast(schema))
-            failures.write_table(_failures(planned, run_id, config))
-        if counts.items == 0:
-            raise CatalogError("there is no image and no video in the catalog.")
+) -> Iterator[pa.Table]:
+    """What the workers found, without their marks, then the units of items that are unchanged."""
+    unchanged: list[pa.ChunkedArray] = []
+    for table in tables:
+        marks = table["unit_index"]
+        counts.skipped += pc.sum(pc.equal(marks, _SKIPPED)).as_py() or 0
+        unchanged.append(table.filter(pc.equal(marks, _UNCHANGED))["uri"])
+        yield table.filter(pc.greater_equal(marks, 0)).cast(schema)
+    if before is None or not any(map(len, unchanged)):
+        return
+    columns = [f'known."{name}"' for name in schemas.PLAN.names]
+    columns += [f"items.{_quoted(field.name)}" for field in catalog.extras]
+    connection = duckdb.connect()
+    connection.register("unchanged", pa.table({"uri": pa.chunked_array(unchanged, pa.string())}))
+    connection.register("known", before)
+    connection.register("items", catalog.table)
+    query = (
+        f"SELECT {', '.join(columns)} FROM known JOIN items USING (uri) SEMI JOIN unchanged "
+        "USING (uri) ORDER BY known.uri, known.unit_index"
+    )
+    for batch in connection.sql(query).to_arrow_reader(_ROWS_PER_GROUP):
+        yield pa.Table.from_batches([batch]).cast(schema)
+
+
+def _quoted(name: str) -> str:
+    """A column's name in SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _failures(planned: pa.Table, run_id: str, config: Config) -> pa.Table:
@@ -185,11 +256,16 @@ class _Planner:
     def _units(self, item: dict[str, Any]) -> list[dict[str, Any]]:
         uri, explicit = item["uri"], item.pop("explicit")
         address = from_bytes(item.pop("address"))
+        known = _stat(item, "known_")
+        listed = _stat(item, "")
         common = {**item, "item_id": item_id(uri), "model": self.model}
         try:
+            stat = listed or persistently(lambda: storage.stat(address), self.config.attempts)
+            if known == stat:
+                return [_mark(common, _UNCHANGED)]
             if not explicit and not self._is_media(address):
-                return [{**common, "unit_id": "", "unit_index": -1, "n_units": 0}]
-            return persistently(lambda: self._planned(common, address), self.config.attempts)
+                return [_mark(common, _SKIPPED)]
+            return persistently(lambda: self._planned(common, address, stat), self.config.attempts)
         except MediaError as error:
             return [self._failed(common, error)]
         except Exception as error:
@@ -200,10 +276,9 @@ class _Planner:
         head = persistently(lambda: storage.read_head(address), self.config.attempts)
         return probe.kind_of(head) is not None
 
-    def _planned(self, common: dict[str, Any], address: str) -> list[dict[str, Any]]:
+    def _planned(self, common: dict[str, Any], address: str, stat: Stat) -> list[dict[str, Any]]:
         config = self.config
-        stat = storage.stat(address)
-        if stat.size_bytes > config.max_file_bytes:
+        if (stat.size_bytes or 0) > config.max_file_bytes:
             raise TooLarge(
                 f"{address}: {stat.size_bytes} bytes, over the limit of {config.max_file_bytes}. "
                 "Raise max_file_bytes if that is meant."
@@ -251,6 +326,17 @@ class _Planner:
     ) -> str:
         """Changes whenever the file, the options that matter, or the cut into units change."""
         return _digest(json.dumps([item_id, self.fingerprint, stat and asdict(stat), index, times]))
+
+
+def _stat(item: dict[str, Any], prefix: str) -> Stat | None:
+    """Takes size, time and etag out of an item's row; None when they are not known."""
+    size, mtime, etag = (item.pop(prefix + f.name, None) for f in fields(Stat))
+    return None if size is None else Stat(size, mtime, etag)
+
+
+def _mark(common: dict[str, Any], kind: int) -> dict[str, Any]:
+    """A row that is no unit."""
+    return {**common, "unit_id": "", "unit_index": kind, "n_units": 0}
 
 
 def _digest(text: str) -> str:

@@ -37,7 +37,7 @@ READ_AHEAD_BYTES = 5 << 20
 class Stat:
     """What tells whether an object has changed. `mtime` in seconds; absent parts are None."""
 
-    size_bytes: int
+    size_bytes: int | None
     mtime: float | None
     etag: str | None
 
@@ -103,6 +103,10 @@ def stat_from_info(info: dict[str, Any]) -> Stat:
         modified = modified.timestamp()
     mtime = float(modified) if isinstance(modified, int | float) else None
     etag = info.get("ETag") or info.get("etag")
+    if etag and mtime is not None:
+        mtime = float(
+            int(mtime)
+        )  # listings of some stores are finer than what they say of one object
     return Stat(int(info.get("size") or 0), mtime, str(etag).strip('"') if etag else None)
 
 

@@ -35,6 +35,16 @@ def test_a_glob_takes_what_matches(folder):
     assert uris(catalog.read(f"{folder}/**/*.mkv")) == [str(folder / "sub/c.mkv")]
 
 
+def test_links_to_files_are_files_and_pipes_are_not(folder):
+    (folder / "sub/link.mp4").symlink_to(folder / "b.mp4")
+    (folder / "sub/dangling.mp4").symlink_to(folder / "gone.mp4")
+    os.mkfifo(folder / "sub/pipe.mp4")
+    (folder / "sub/to-pipe.mp4").symlink_to(folder / "sub/pipe.mp4")
+    expected = [str(folder / "sub" / name) for name in ("c.mkv", "link.mp4")]
+    assert uris(catalog.read(str(folder / "sub"))) == expected
+    assert uris(catalog.read(f"{folder}/sub/*")) == expected
+
+
 def test_one_file_is_a_catalog(folder):
     found = catalog.read(str(folder / "notes.txt"))
     assert uris(found) == [str(folder / "notes.txt")]
@@ -77,7 +87,7 @@ def test_no_column_of_a_manifest_collides_with_ours(tmp_path):
     row = {"uri": "a.mp4", **dict.fromkeys(names, 1), "label": 2}
     found = catalog.read(write_manifest(tmp_path / "list.jsonl", [row]))
     assert found.table.column_names == [
-        "uri", "address", "explicit", *(f"manifest_{n}" for n in names), "label",
+        *catalog.COLUMNS.names, *(f"manifest_{n}" for n in names), "label",
     ]  # fmt: skip
 
 
@@ -145,4 +155,5 @@ def test_any_manifest_keeps_each_item_once_with_its_columns(tmp_path, columns, p
     lower = [name.lower() for name in found.table.column_names]
     assert len(set(lower)) == len(lower)
     assert not any(schemas.is_reserved(field.name) for field in found.extras)
-    assert list(rows[0].values())[3:] == [given_rows[0][c] for c in columns]
+    values = list(rows[0].values())[len(catalog.COLUMNS) :]
+    assert values == [given_rows[0][c] for c in columns]

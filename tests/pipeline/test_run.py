@@ -210,6 +210,31 @@ def test_the_same_command_again_decodes_and_changes_nothing(scored, folder):
     assert rows(out, "scores") == scores
 
 
+def test_a_second_run_opens_no_file_that_is_as_it_was(tmp_path, clips):
+    """Files that would fail now, but have the size and time that they had, are not looked at."""
+    folder = tmp_path / "catalog"
+    folder.mkdir()
+    for name in ("h264.mp4", "vp9.webm"):
+        shutil.copy(clips[name], folder)
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("uri,split\ncatalog/h264.mp4,train\ncatalog/vp9.webm,train\n")
+    for source, out in ((folder, "out"), (manifest, "listed")):
+        score_into(source, tmp_path / out, sample="uniform:2")
+    for path in folder.iterdir():
+        state = path.stat()
+        path.write_bytes(bytes(state.st_size))
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    again, _ = score_into(folder, tmp_path / "out", sample="uniform:2")
+    assert (again.scored, again.failed, again.frames_scored) == (2, 0, 0)
+    manifest.write_text("uri,split\ncatalog/h264.mp4,test\ncatalog/vp9.webm,train\n")
+    again, _ = score_into(manifest, tmp_path / "listed", sample="uniform:2")
+    assert (again.scored, again.failed, again.frames_scored) == (2, 0, 0)
+    found = {name_of(r): r["split"] for r in rows(tmp_path / "listed", "scores")}
+    assert found == {"h264.mp4": "test", "vp9.webm": "train"}
+    other, _ = score_into(folder, tmp_path / "out", sample="uniform:3")
+    assert other.failed == 2
+
+
 def test_new_and_changed_files_are_scored_and_the_rest_is_not(tmp_path, clips):
     folder = tmp_path / "catalog"
     folder.mkdir()

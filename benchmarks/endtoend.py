@@ -1,0 +1,144 @@
+"""The pipeline against its own parts: frames a second of a run over the slower of its two stages.
+
+    python benchmarks/endtoend.py [--rounds N] [--model CARD] [--weights FILE] [--json FILE]
+
+In turn, on one catalog: decoding alone (the decode stage in as many processes as a run has),
+scoring alone (the frames in memory, one scorer with the threads that a run gives it), and a whole
+run. Of the run, the time of scoring counts, in which both stages work; starting Ray and planning do
+not. On a machine without a GPU both stages share the CPUs, so the best that a run can do there is
+the harmonic sum of the two, which is printed as well.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from machine import described
+
+from jobs.sample_media import encode, landscape
+from pipeline import cluster, score
+from pipeline.config import Config
+
+SAMPLE = "fps:1"
+
+
+def clips(folder: Path, count: int, seconds: int) -> Path:
+    """720p clips with a pan over a textured scene, keyframes every two seconds."""
+    folder.mkdir()
+    for seed in range(count):
+        scene = landscape(720, 1280 + 4 * 25 * seconds, seed=seed)
+        frames = (np.ascontiguousarray(scene[:, 4 * i : 4 * i + 1280]) for i in range(25 * seconds))
+        encode(folder / f"{seed}.mp4", frames, options={"preset": "veryfast"}, gop=50)
+    return folder
+
+
+def decode_one(row: dict[str, object]) -> int:
+    """Decode one unit as a run does. Returns its frames."""
+    import pyarrow as pa
+
+    units = pa.Table.from_pylist([row])
+    (found,) = score.decode_units(units, Config(sample=SAMPLE), "benchmark", {}, {})
+    return len(found["pts_s"][0])
+
+
+def decode_only(plan: Path, workers: int) -> float:
+    """Frames a second of the decode stage alone."""
+    rows = pq.read_table(plan).to_pylist()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(decode_one, rows[:workers]))  # starts the processes and their decoders
+        started = time.perf_counter()
+        frames = sum(pool.map(decode_one, rows))
+        return frames / (time.perf_counter() - started)
+
+
+_SCORE_ONLY = """
+import sys, time
+import numpy as np, torch
+from pipeline.config import Config
+from topiq_core import Scorer
+torch.set_num_threads(int(sys.argv[1]))
+scorer = Scorer.load(sys.argv[2], weights=sys.argv[3] or None, verify=False)
+frames = np.random.default_rng(0).integers(0, 256, (16, 720, 1280, 3), np.uint8)
+scorer.score(frames[:2])
+started = time.perf_counter()
+for _ in range(2):
+    scorer.score(frames)
+print(2 * len(frames) / (time.perf_counter() - started))
+"""
+
+
+def score_only(model: str, weights: str | None, threads: int) -> float:
+    """Frames a second of one scorer alone, in a process like that of a run."""
+    command = [sys.executable, "-c", _SCORE_ONLY, str(threads), model, weights or ""]
+    env = os.environ | cluster.CPU_SCORER_ENV
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
+def whole(source: Path, out: Path, model: str, weights: str | None) -> dict[str, object]:
+    """The record of a run, in a process of its own."""
+    command = [
+        sys.executable, "-m", "jobs.score", str(source), "-o", str(out), "--sample", SAMPLE,
+        "--model", model,
+    ]  # fmt: skip
+    if weights:
+        command += ["--weights", weights, "--set", "verify_weights=false"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    found: dict[str, object] = json.loads((out / "run.json").read_text())
+    return found
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--model", default="cfanet_lite_nr")
+    parser.add_argument("--weights")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rounds = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = clips(folder / "clips", options.clips, options.seconds)
+        for index in range(options.rounds):
+            out = folder / f"out{index}"
+            record = whole(source, out, options.model, options.weights)
+            shares, summary = record["cluster"], record["summary"]
+            workers, threads = shares["decode_tasks"], shares["threads"]  # type: ignore[index]
+            (plan,) = (out / "plan").iterdir()
+            found = {
+                "run": summary["frames_per_s"],  # type: ignore[index]
+                "decode": decode_only(plan, workers),
+                "score": score_only(options.model, options.weights, threads),
+            }
+            found["ratio"] = found["run"] / min(found["decode"], found["score"])
+            both = 1 / (1 / found["decode"] + 1 / found["score"])
+            found["ratio_to_harmonic_sum"] = found["run"] / both
+            rounds.append({k: round(v, 3) for k, v in found.items()})
+            print(rounds[-1], flush=True)
+    medians = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
+    print("median", medians)
+    if options.json:
+        found = {
+            "machine": described(),
+            "model": options.model,
+            "rounds": rounds,
+            "median": medians,
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
