@@ -63,6 +63,9 @@ class Events:
         twice = f", {rest['duplicates']} named twice" if rest.get("duplicates") else ""
         self._say(f"planned {items} items{unread}, {frames} frames{left_out}{twice}")
 
+    def _scorers_lost(self, units_open: int) -> None:
+        self._say(f"scoring processes were lost; going on with {units_open} units")
+
     def _progress(self, units_done: int, units_planned: int, frames: int, failed: int) -> None:
         seconds = time.monotonic() - self.started
         text = (

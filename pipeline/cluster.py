@@ -14,7 +14,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
-from pipeline.errors import RunError, TooManyFailures
+from pipeline.errors import RunError, ScorersDied, TooManyFailures
 
 # CPUs that a local cluster is said to have beyond the real ones. Ray Data's own stages (reading,
 # writing, the checkpoint filter) book CPUs that they hardly use; without room for them, a pool of
@@ -139,7 +139,7 @@ def run_error(error: Exception) -> RunError:
     if TooManyFailures.__name__ in text:
         return TooManyFailures("more work units failed than is allowed: the run was stopped.")
     if isinstance(error, ray.exceptions.ActorUnavailableError | ray.exceptions.ActorDiedError):
-        return RunError(
+        return ScorersDied(
             "a scoring process died again and again; most often the machine ran out of memory. "
             "Lower max_pixels, unit_bytes or object_store_bytes, or take a larger machine. What is "
             "scored is kept: the same command goes on where this one stopped."

@@ -35,6 +35,12 @@ class TooManyFailures(RunError):
     code = "too_many_failures"
 
 
+class ScorersDied(RunError):
+    """Scoring processes died more often than is tried again, or their node went away."""
+
+    code = "scorers_died"
+
+
 class MediaError(TopiqError):
     """One item, or one unit of it, cannot be scored. Becomes one row in `failures/`."""
 

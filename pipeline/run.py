@@ -18,7 +18,7 @@ import ray
 
 from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas, score, stages
 from pipeline.config import Config
-from pipeline.errors import BY_CODE, ConfigError, OutputError, TooManyFailures
+from pipeline.errors import BY_CODE, ConfigError, OutputError, ScorersDied, TooManyFailures
 from pipeline.monitor import Monitor
 from pipeline.stages import Bottleneck
 from pipeline.storage import Output, redacted
@@ -213,10 +213,17 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
         return 0.0
     rest = None if allowed is None else allowed - planned.failed_items
     monitor = cluster.beside_driver(Monitor).remote(rest)
-    plan_path = run.output.inside(*plan.table_path(run.model))
     with _watched(monitor, to_do, run.event):
-        seconds, _ = _timed(
-            lambda: score.run(
+        seconds, _ = _timed(lambda: _score_open(run, shares, to_do, monitor))
+    return seconds
+
+
+def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> None:
+    """Score all that is open. Goes on after a loss of scorers, as long as anything got done."""
+    plan_path = run.output.inside(*plan.table_path(run.model))
+    while True:
+        try:
+            return score.run(
                 plan_path,
                 to_do,
                 _addresses(run.found),
@@ -227,8 +234,12 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
                 monitor,
                 run.run_id,
             )
-        )
-    return seconds
+        except ScorersDied:
+            still_open = commits.count_open(run.output, run.model)
+            if still_open >= to_do:
+                raise
+            run.event("scorers_lost", units_open=still_open)
+            to_do = still_open
 
 
 def _addresses(found: catalog.Catalog) -> dict[str, str]:
