@@ -207,7 +207,8 @@ class CFANet(nn.Module):
     def distribution(self, image: Tensor, reference: Tensor | None = None) -> Tensor:
         """The output before it is reduced to a score: [N,1], or [N,10] probabilities of 1..10."""
         pooled = self._pool(image, reference)
-        return self.judge([self.tokens(level, pooled[level]) for level in range(LEVELS)])
+        where = [self.positions(*map(int, x.shape[2:])) for x in pooled]
+        return self.judge([self.tokens(i, pooled[i], where[i]) for i in range(LEVELS)])
 
     def judge(self, tokens: list[Tensor]) -> Tensor:
         """Each level's tokens [N,T_l,D] -> the output, as of `distribution`."""
@@ -234,9 +235,14 @@ class CFANet(nn.Module):
         maps: list[Tensor] = self.semantic_model((image - self.mean) / self.std)
         return maps
 
-    def tokens(self, level: int, x: Tensor) -> Tensor:
-        """A level's pooled map [N,D,h,w] -> self-attended tokens [N,h*w,D]."""
-        _, dim, h, w = x.shape
+    def tokens(self, level: int, x: Tensor, positions: Tensor) -> Tensor:
+        """A level's pooled map [N,D,h,w], and where its tokens lie -> self-attended [N,h*w,D]."""
+        tokens: Tensor = self.sa_attn_blks[level]((x + positions).flatten(2).transpose(1, 2))
+        return tokens
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """The position embedding of a grid, [1,D,h,w]."""
+        dim = self.architecture.inter_dim
         grid = torch.cat(
             (
                 self.h_emb.expand(1, dim // 2, POSITION_GRID, POSITION_GRID),
@@ -244,9 +250,7 @@ class CFANet(nn.Module):
             ),
             dim=1,
         )
-        x = x + F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-        tokens: Tensor = self.sa_attn_blks[level](x.flatten(2).transpose(1, 2))
-        return tokens
+        return F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
 
 
 def _shrink(x: Tensor, th: int, tw: int) -> Tensor:

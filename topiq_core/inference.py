@@ -1,70 +1,125 @@
 """CFANet for inference: the same function as `cfanet.CFANet`, in bounded memory and less work.
 
-Exact in real arithmetic; scores agree with the plain module within 2e-5:
+Exact in real arithmetic; fp32 scores agree with the plain module within 2e-5:
 
 - BatchNorm is folded into the convolution before it, and the evidence half of the no-reference
   gate into the 1x1 convolution that follows it: C -> gate_dim instead of C -> C -> gate_dim.
+- Activations and residual sums are part of the convolution before them (`convolution.FusedConv`).
 - Backbone stages and gates run over strips of rows. A strip is computed with enough rows around
   it that its own are right, and these are kept. Only a level's map is ever held whole; everything
   wider than it, such as an expanded bottleneck, lives for one strip.
-- Full-reference features are pooled one by one instead of being concatenated first.
+- Full-reference features are pooled one by one instead of being concatenated first. A reference's
+  maps can be computed once for many distorted images.
+- Position embeddings are kept by grid.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import Bottleneck
 
 from topiq_core.cfanet import LEVELS, CFANet, GatedPoolingFR, GatedPoolingNR, expected_score
+from topiq_core.convolution import Activation, FusedConv
 
-# Positions of a map that are worked on at once, over all images of a batch. On a CPU small strips
-# are also faster, because they stay in its caches; a GPU wants enough of them to fill it.
-STRIP_POSITIONS = {"cpu": 1 << 17, "cuda": 1 << 23}
-# Rows of input that a stage's strip needs on either side; the deepest stage (MobileNetV2's
-# fourth: seven 3x3 convolutions, the first with stride 2) reaches 13. Even, as the stride is 2.
-_STAGE_MARGIN = 16
+Precision = Literal["fp32", "fp16", "bf16"]
+# Of the maps. Tokens are fp32 always: 16-bit attention costs most of the accuracy and gains little.
+MAP_TYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Positions of a map that are worked on at once, over all images of a batch.
+
+    On a CPU small strips are also faster: they stay in its caches, and in memory that the process
+    has touched before. A GPU wants enough of them to fill it.
+    """
+
+    stage: int
+    gate: int
+
+
+STRIPS = {"cpu": Strips(1 << 17, 1 << 15), "cuda": Strips(1 << 23, 1 << 23)}
 _GATE_MARGIN = 2  # two 3x3 convolutions
+_POSITION_GRIDS = 16  # position embeddings kept, by grid
 
 
 class InferenceNet(nn.Module):
     """Scores images as `net` does. Takes `net` over: what it replaces is removed from it."""
 
-    def __init__(self, net: CFANet, strip_positions: int | None = None) -> None:
+    def __init__(
+        self, net: CFANet, precision: Precision = "fp32", strips: Strips | None = None
+    ) -> None:
         super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self.stages = nn.ModuleList(fuse(s.eval()) for s in net.semantic_model.stages())
-        self.gates = nn.ModuleList(_gate(pool) for pool in net.weight_pool)
-        del net.semantic_model, net.weight_pool
-        self.strip_positions = strip_positions
-        self.to(memory_format=torch.channels_last)
+        self.map_type = MAP_TYPES[precision]
+        stages = net.semantic_model.stages()
+        self.margins = [_margin(stage) for stage in stages]
+        self.stages = nn.ModuleList(_fused(stage) for stage in stages).to(self.map_type)
+        self.gates = nn.ModuleList(_gate(pool) for pool in net.weight_pool).to(self.map_type)
+        self.reduce = nn.ModuleList(
+            FusedConv.of(next(r.children()), None, "gelu") for r in net.dim_reduce
+        )
+        del net.semantic_model, net.weight_pool, net.dim_reduce
+        self.strips = strips
+        self._positions: dict[tuple[int, int], Tensor] = {}
 
-    def forward(self, image: Tensor, reference: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, reference: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Score images.
 
-        image: RGB [N,3,H,W], uint8 or float in 0..1; reference: the same, for a full-reference
-        network only. Returns [N] float: one score each, higher is better.
+        image: RGB [N,3,H,W], uint8 or float in 0..1. reference, for a full-reference network
+        only: the same, or its maps as `levels` gives them; one reference serves a whole batch.
+        Returns [N] float: one score each, higher is better.
         """
-        sides = [image] if reference is None else [image, reference]
+        sides: list[Iterable[Tensor]] = [self.levels(image)]
+        if reference is not None:
+            maps = self.levels(reference) if isinstance(reference, Tensor) else reference
+            sides.append(maps)
         grid = _coarsest_grid(*image.shape[2:])
-        positions = self.strip_positions or STRIP_POSITIONS[image.device.type]
         tokens = []
-        for level in range(LEVELS):
-            sides = [self._stage(level, x, positions) for x in sides]
-            pooled = self.gates[level](sides, grid, positions)
-            tokens.append(self.net.tokens(level, self.net.dim_reduce[level](pooled)))
-            del pooled
+        for level, maps in enumerate(zip(*sides, strict=True)):
+            pooled = self.gates[level](maps, grid, self._strips_on(image).gate)
+            tokens.append(self._tokens(level, self.reduce[level](pooled.float())))
         return expected_score(self.net.judge(tokens))
+
+    def levels(self, image: Tensor) -> Iterator[Tensor]:
+        """The maps of images [N,3,H,W], fine to coarse, each made when it is asked for."""
+        positions = self._strips_on(image).stage
+        x = image
+        for level in range(LEVELS):
+            x = self._stage(level, x, positions)
+            yield x
+
+    def _strips_on(self, x: Tensor) -> Strips:
+        return self.strips or STRIPS[x.device.type]
+
+    def _tokens(self, level: int, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if (height, width) not in self._positions:
+            if len(self._positions) == _POSITION_GRIDS:
+                del self._positions[next(iter(self._positions))]
+            self._positions[height, width] = self.net.positions(height, width)
+        return self.net.tokens(level, x, self._positions[height, width])
 
     def _stage(self, level: int, x: Tensor, positions: int) -> Tensor:
         """Run one backbone stage, which halves both sides, in strips."""
+        margin = self.margins[level]
         whole: Tensor | None = None
-        for start, end in _strips(x, positions):
-            top = max(0, start - _STAGE_MARGIN)
-            part = x[:, :, top : end + _STAGE_MARGIN]
-            out = self.stages[level](self._normalised(part) if level == 0 else part)
+        for start, end in _strips(x, positions, 4 * margin):
+            top = max(0, start - margin)
+            part = x[:, :, top : end + margin]
+            out: Tensor = self.stages[level](self._normalised(part) if level == 0 else part)
             out = out[:, :, (start - top) // 2 : (end + 1 - top) // 2]
+            if end - start == x.shape[2]:
+                return out
             if whole is None:
                 n, channels, _, width = out.shape
                 size = (n, channels, (x.shape[2] + 1) // 2, width)
@@ -77,8 +132,79 @@ class InferenceNet(nn.Module):
         return whole
 
     def _normalised(self, x: Tensor) -> Tensor:
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
-        return (x - self.net.mean) / self.net.std
+        peak = 255 if x.dtype == torch.uint8 else 1
+        return (x - peak * self.net.mean).mul_(1 / (peak * self.net.std)).to(self.map_type)
+
+
+class _Residual(nn.Module):
+    """A residual block. The sum is written over the block's input, or over its shortcut."""
+
+    def __init__(self, body: list[nn.Module], shortcut: nn.Module | None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body[:-1])
+        self.last = body[-1]
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,h,w] -> [N,C',h',w']."""
+        added = x if self.shortcut is None else self.shortcut(x)
+        out: Tensor = self.last(self.body(x), added)
+        return out
+
+
+def _fused(module: nn.Module) -> nn.Module:
+    """A part of a torchvision backbone, its norms folded and its activations and sums fused."""
+    match module:
+        case Bottleneck():
+            down = module.downsample
+            body: list[nn.Module] = [
+                FusedConv.of(module.conv1, module.bn1, "relu"),
+                FusedConv.of(module.conv2, module.bn2, "relu"),
+                FusedConv.of(module.conv3, module.bn3, "relu"),
+            ]
+            return _Residual(body, None if down is None else FusedConv.of(down[0], down[1]))
+        case InvertedResidual():
+            body = list(_sequence(module.conv))
+            return _Residual(body, None) if module.use_res_connect else nn.Sequential(*body)
+        case nn.Sequential():
+            return nn.Sequential(*_sequence(module))
+    return module
+
+
+_ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+def _sequence(parts: nn.Sequential) -> Iterator[nn.Module]:
+    """The parts in turn; a convolution takes the norm and the activation after it along."""
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop(0)
+        if not isinstance(part, nn.Conv2d):
+            yield _fused(part)
+            continue
+        norm = waiting.pop(0) if waiting and isinstance(waiting[0], nn.BatchNorm2d) else None
+        activation = _ACTIVATIONS.get(type(waiting[0])) if waiting else None
+        if activation is not None:
+            del waiting[0]
+        yield FusedConv.of(part, norm, activation or "none")
+
+
+def _margin(stage: nn.Module) -> int:
+    """Rows of input on either side that a row of a stage's output depends on; even, as strips are.
+
+    A stage's modules are registered in the order they run, and its shortcuts are 1x1.
+    """
+    rows = 0
+    for module in reversed(list(stage.modules())):
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            kernel, stride = _of_rows(module.kernel_size), _of_rows(module.stride)
+            if kernel > 1:
+                rows = rows * stride + kernel // 2
+    return rows + rows % 2
+
+
+def _of_rows(size: int | tuple[int, ...]) -> int:
+    return size if isinstance(size, int) else size[0]
 
 
 class _GateNR(nn.Module):
@@ -87,22 +213,19 @@ class _GateNR(nn.Module):
         split, first = pool.splitconv, pool.weight_blk[0]
         assert isinstance(first, nn.Conv2d)
         channels = split.in_channels
-        self.content = nn.Conv2d(channels, channels, 1)
-        self.content.weight = nn.Parameter(split.weight[:channels], requires_grad=False)
-        self.content.bias = nn.Parameter(_of(split.bias)[:channels], requires_grad=False)
-        folded = nn.Conv2d(channels, first.out_channels, 1)
+        bias = _of(split.bias)
+        self.content = FusedConv(split.weight[:channels], bias[:channels], split, "gelu")
         mix = first.weight.flatten(1).double()
         weight = mix @ split.weight[channels:].flatten(1).double()
-        bias = mix @ _of(split.bias)[channels:].double() + _of(first.bias).double()
-        folded.weight = nn.Parameter(weight.float()[:, :, None, None], requires_grad=False)
-        folded.bias = nn.Parameter(bias.float(), requires_grad=False)
-        self.gate = nn.Sequential(folded, *pool.weight_blk[1:])
+        shift = mix @ bias[channels:].double() + _of(first.bias).double()
+        evidence = FusedConv(weight.float()[:, :, None, None], shift.float(), first, "gelu")
+        self.gate = nn.Sequential(evidence, *_gate_tail(pool.weight_blk))
 
-    def forward(self, sides: list[Tensor], grid: tuple[int, int], positions: int) -> Tensor:
+    def forward(self, sides: Sequence[Tensor], grid: tuple[int, int], positions: int) -> Tensor:
         """The maps of a level, one for each image given, to one pooled map."""
 
         def gated(x: Tensor, inside: slice) -> tuple[Tensor, ...]:
-            return (F.gelu(self.content(x[:, :, inside])) * self.gate(x)[:, :, inside],)
+            return (self.content(x[:, :, inside]).mul_(self.gate(x)[:, :, inside]),)
 
         return _pooled(gated, sides, grid, positions)
 
@@ -110,17 +233,22 @@ class _GateNR(nn.Module):
 class _GateFR(nn.Module):
     def __init__(self, pool: GatedPoolingFR) -> None:
         super().__init__()
-        self.gate = nn.Sequential(*pool)
+        self.gate = nn.Sequential(FusedConv.of(pool[0], None, "gelu"), *_gate_tail(pool))
 
-    def forward(self, sides: list[Tensor], grid: tuple[int, int], positions: int) -> Tensor:
+    def forward(self, sides: Sequence[Tensor], grid: tuple[int, int], positions: int) -> Tensor:
         """The maps of a level, one for each image given, to one pooled map."""
 
         def gated(d: Tensor, r: Tensor, inside: slice) -> tuple[Tensor, ...]:
-            error = torch.sqrt((d - r) ** 2 + 1e-12)
+            # In fp32 always: a 16-bit float cannot hold the square.
+            error = (d.float() - r).square_().add_(1e-12).sqrt_().to(d.dtype)
             gate = self.gate(error)[:, :, inside]
             return tuple(x[:, :, inside] * gate for x in (d, r, error))
 
         return _pooled(gated, sides, grid, positions)
+
+
+def _gate_tail(gate: nn.Sequential) -> tuple[FusedConv, FusedConv]:
+    return FusedConv.of(gate[2], None, "gelu"), FusedConv.of(gate[4], None, "sigmoid")
 
 
 def _gate(pool: nn.Module) -> nn.Module:
@@ -129,7 +257,7 @@ def _gate(pool: nn.Module) -> nn.Module:
 
 def _pooled(
     gated: Callable[..., tuple[Tensor, ...]],
-    sides: list[Tensor],
+    sides: Sequence[Tensor],
     grid: tuple[int, int],
     positions: int,
 ) -> Tensor:
@@ -141,7 +269,7 @@ def _pooled(
     height, width = sides[0].shape[2:]
     shrinks = height > grid[0] and width > grid[1]
     strips: list[list[Tensor]] = []
-    for start, end in _strips(sides[0], positions):
+    for start, end in _strips(sides[0], positions, 4 * _GATE_MARGIN):
         top = max(0, start - _GATE_MARGIN)
         parts = [x[:, :, top : end + _GATE_MARGIN] for x in sides]
         maps = gated(*parts, slice(start - top, end - top))
@@ -159,14 +287,14 @@ def _coarsest_grid(height: int, width: int) -> tuple[int, int]:
     return -(-height // 2**LEVELS), -(-width // 2**LEVELS)
 
 
-def _strips(x: Tensor, positions: int) -> Iterator[tuple[int, int]]:
+def _strips(x: Tensor, positions: int, least: int) -> Iterator[tuple[int, int]]:
     """First row and end of each strip of a map [N,C,h,w].
 
     They begin at even rows, as the stages have stride 2, and are never so low that the margins
     would dominate.
     """
     n, _, height, width = x.shape
-    rows = max(4 * _STAGE_MARGIN, positions // (n * width) // 2 * 2)
+    rows = max(least, positions // (n * width) // 2 * 2)
     for start in range(0, height, rows):
         yield start, min(start + rows, height)
 

@@ -9,10 +9,10 @@ from golden.parameters import TOLERANCE, fill, noisy, picture
 
 from topiq_core.cards import Architecture
 from topiq_core.cfanet import CFANet
-from topiq_core.inference import InferenceNet
+from topiq_core.inference import InferenceNet, Strips
 
 # As narrow as strips get: a few rows each, at every level of a picture of this height.
-NARROWEST = 1
+NARROWEST = Strips(1, 1)
 SIZES = [(431, 64), (397, 45), (64, 431), (33, 32)]
 
 
@@ -30,7 +30,7 @@ def image(frame):
 def test_scores_in_strips_are_those_of_the_plain_network(backbone, mode):
     net = plain(mode, backbone)
     whole = InferenceNet(deepcopy(net))
-    strips = InferenceNet(deepcopy(net), NARROWEST)
+    strips = InferenceNet(deepcopy(net), strips=NARROWEST)
     for seed, size in enumerate(SIZES):
         frame = picture(seed, *size)
         sides = [image(frame)] if mode == "nr" else [image(noisy(frame, seed)), image(frame)]
@@ -44,18 +44,18 @@ def test_scores_in_strips_are_those_of_the_plain_network(backbone, mode):
 def test_every_level_is_the_plain_networks_at_the_seams_of_strips(backbone):
     """A score averages over a picture; a wrong row between two strips would hardly move it."""
     net = plain("nr", backbone)
-    strips = InferenceNet(deepcopy(net), NARROWEST)
+    strips = InferenceNet(deepcopy(net), strips=NARROWEST)
     x = image(picture(5, 1090, 40))
     with torch.inference_mode():
         expected = net.semantic_model(strips._normalised(x))
         for level, whole in enumerate(expected):
-            x = strips._stage(level, x, NARROWEST)
+            x = strips._stage(level, x, NARROWEST.stage)
             assert x.shape == whole.shape
             assert float((x - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
 
 
 def test_a_batch_is_scored_as_its_images_are():
-    net = InferenceNet(deepcopy(plain("nr", "mobilenet_v2")), NARROWEST)
+    net = InferenceNet(deepcopy(plain("nr", "mobilenet_v2")), strips=NARROWEST)
     batch = torch.cat([image(picture(seed, 200, 64)) for seed in range(3)])
     with torch.inference_mode():
         alone = torch.cat([net(x[None]) for x in batch])
