@@ -89,9 +89,11 @@ def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
     matrix = {v: _MATRICES.get(k) for k, v in _MATRIX_NAMES.items()}.get(look.matrix)
     # To 8 bits, swscale takes the top of a full-range 10-bit scale for 1020, not 1023.
     deep = look.full_range and frame.format.components[0].bits > 8
+    # Planes come with the same values as packed pixels, from vector instead of scalar code.
+    target = "rgb48le" if deep else "rgb24" if look.matrix == "rgb" else "gbrp"
     converted = reformatter.reformat(
         frame,
-        format="rgb48le" if deep else "rgb24",
+        format=target,
         interpolation=_FLAGS,
         src_colorspace=matrix,
         src_color_range=ColorRange.JPEG if look.full_range else ColorRange.MPEG,

@@ -1,8 +1,8 @@
 """Decode the frames that are on screen at given moments of a video."""
 
-import bisect
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +19,26 @@ from pipeline.media import colour
 from pipeline.media.colour import RGB, Look
 from pipeline.media.container import explain, frame_interval, open_video
 
-# A container without an index is sought in only when this much can be skipped.
-_BLIND_SEEK_S = 5.0
 _SEEKABLE = ("mov", "matroska", "mpegts", "avi")
+# A seek has a price too, here in frames decoded: the decoder starts empty and has to fill again.
+_SEEK_FRAMES = 4
+# How far apart keyframes may be, as long as neither an index nor the frames themselves tell it,
+# and the least that is believed of the frames.
+_GOP_S = 5.0
+_SHORT_GOP_S = 1.0
+# Codecs in which a frame that says that none refers to it can be left out without a trace. (In
+# HEVC it is only said of frames of the same temporal layer.)
+_DISPOSES = ("h264",)
+# Frames that a stream may reorder (H.264, A.3.1): so far back, packets say what comes later.
+_REORDERED = 16
 # How far before a target to seek, in turn, until a keyframe before it is found.
 _SEEK_BACK_S = (0.0, 1.0, 5.0, 20.0)
 # A last frame may be shown this much longer than the stream says; beyond it, material is missing.
 _TAIL_S = 0.5
 _NO_PIXELS: RGB = np.empty((0, 0, 3), np.uint8)
+
+# A decoded frame and when it comes on screen, in seconds.
+_Timed = tuple[float, VideoFrame]
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class _Decoder:
         self.limits, self.take = limits, take
         self.bytes = 0
         self.tick = float(stream.time_base or 1 / 90000)
+        self.interval = frame_interval(stream)
         self.reformatter = VideoReformatter()
         self.errors = 0
         self.concealed = 0
@@ -97,39 +110,48 @@ class _Decoder:
         self.out = Decoded()
         self.unstamped = 0
         self.may_seek = any(name in container.format.name for name in _SEEKABLE)
-        self.keyframes = _keyframe_index(stream, self.tick)
-        self.first_s = self.keyframes[0] if self.keyframes else 0.0
+        self.may_dispose = stream.codec_context.name in _DISPOSES
+        self.gop_s = _GOP_S
+        self.longest_gop_s = 0.0
+        self.on_screen: _Timed | None = None
+        self.ahead: _Timed | None = None
+        self.goal = -math.inf
+        self.leave = False
+        self.drained = False
 
     def run(self, times: Sequence[float], weights: Sequence[float]) -> Decoded:
         """Walk the frames in presentation order, seeking over what no sample needs."""
-        on_screen: tuple[float, VideoFrame] | None = None
-        done, sought = 0, 0
-        seek = self._worth_seeking(self.first_s, times[0])
-        frames = self._after_seek(times[0]) if seek else self._decoded()
-        while done < len(times):
-            pts_s, frame = next(frames, (0.0, None))
-            if frame is None:
+        frames = self._decoded(self._packets())
+        seek = self._worth_seeking(self._first_s(), times[0])
+        for index, (time, weight) in enumerate(zip(times, weights, strict=True)):
+            self.goal = time
+            if seek:
+                frames = self._after_seek(time)
+            following = times[index + 1 : index + 2]
+            self.leave = not following or self._worth_seeking(time, following[0])
+            found = self._on_screen_at(time, frames)
+            if found is None:
+                self.out.missing = len(times) - index
                 break
-            while done < len(times) and times[done] < pts_s - self.tick / 2:
-                self._take(*(on_screen or (pts_s, frame)), weights[done])
-                done += 1
-            on_screen = (pts_s, frame)
-            while done < len(times) and abs(times[done] - pts_s) <= self.tick / 2:
-                self._take(pts_s, frame, weights[done])
-                done += 1
-            if sought < done < len(times) and self._worth_seeking(pts_s, times[done]):
-                frames = self._after_seek(times[done])
-                sought = done
-        if on_screen is not None:
-            end = on_screen[0] + _TAIL_S + float(on_screen[1].duration or 0) * self.tick
-            while done < len(times) and times[done] <= end:
-                self._take(*on_screen, weights[done])
-                done += 1
-        self.out.missing = len(times) - done
-        self._settle(on_screen)
+            self._take(*found, weight)
+            seek = self.leave and self.may_seek
+        self._settle()
         return self.out
 
-    def _settle(self, on_screen: tuple[float, VideoFrame] | None) -> None:
+    def _on_screen_at(self, time: float, frames: Iterator[_Timed]) -> _Timed | None:
+        """The frame on screen at `time`, or the first one after it; None when the file is over."""
+        while not self.on_screen or abs(time - self.on_screen[0]) > self.tick / 2:
+            self.ahead = self.ahead or next(frames, None)
+            if self.ahead is None or self.ahead[0] > time + self.tick / 2:
+                break
+            self.on_screen, self.ahead = self.ahead, None
+        if self.on_screen is None or self.ahead is not None or self.drained:
+            return self.on_screen or self.ahead
+        pts_s, frame = self.on_screen
+        held_s = _TAIL_S + float(frame.duration or 0) * self.tick
+        return self.on_screen if time <= pts_s + held_s else None
+
+    def _settle(self) -> None:
         if not self.out.shots:
             cause = self.last_error or DecodeError(f"{self.url}: no frame could be decoded.")
             raise explain(self.url, cause)
@@ -138,10 +160,9 @@ class _Decoder:
             problems.append(f"{self.errors} damaged packets were passed over")
         if self.concealed:
             problems.append(f"{self.concealed} scored frames are damaged")
-        if self.out.missing and on_screen is not None:
-            problems.append(
-                f"the video ends at {on_screen[0]:.2f} s: {self.out.missing} samples are missing"
-            )
+        if self.out.missing and self.on_screen is not None:
+            end_s, missing = self.on_screen[0], self.out.missing
+            problems.append(f"the video ends at {end_s:.2f} s: {missing} samples are missing")
         self.out.problem = "; ".join(problems) or None
 
     def _take(self, pts_s: float, frame: VideoFrame, weight: float) -> None:
@@ -170,61 +191,132 @@ class _Decoder:
             rgb = _NO_PIXELS
         shots.append(Shot(pts_s, weight, rgb))
 
+    def _first_s(self) -> float:
+        entries = self.stream.index_entries
+        return entries[0].timestamp * self.tick if len(entries) else 0.0
+
     def _worth_seeking(self, now: float, target: float) -> bool:
-        """Whether a keyframe lies between: decoding up to it can be saved."""
+        """Whether fewer frames are decoded from the keyframe before `target` than from `now` on.
+
+        An index is asked as it is at that moment: some are only read at the first seek.
+        """
         if not self.may_seek:
             return False
-        if len(self.keyframes) > 1:
-            before = bisect.bisect_right(self.keyframes, target) - 1
-            return before >= 0 and self.keyframes[before] > now + self.tick
-        return target - now > _BLIND_SEEK_S
+        entries = self.stream.index_entries
+        found = entries.search_timestamp(math.floor(target / self.tick + 0.5))
+        if found >= 0:
+            keyframe = entries[found].timestamp * self.tick
+            if keyframe - now > _SEEK_FRAMES * self.interval:
+                return True
+            if entries[len(entries) - 1].timestamp * self.tick > target - self.gop_s:
+                return False  # the index reaches as far as the target and has no keyframe between
+        return target - now > self.gop_s
 
-    def _after_seek(self, target: float) -> Iterator[tuple[float, VideoFrame]]:
+    def _after_seek(self, target: float) -> Iterator[_Timed]:
         """Frames in presentation order, from a keyframe at or before `target` on.
 
         Indexes count in decoding order and may be wrong, so the frame that a seek arrives at is
         looked at before it is believed; without a good one the file is decoded from its start.
         """
-        for back in _SEEK_BACK_S:
+        self.ahead = None
+        for back in sorted({*_SEEK_BACK_S, self.gop_s}):
             try:
                 self._seek(target - back)
             except av.error.FFmpegError:
                 break
-            # What comes before the first keyframe lacks its references.
-            frames = itertools.dropwhile(lambda f: not f[1].key_frame, self._decoded())
-            first = next(frames, None)
-            if first is not None and first[0] <= target + self.tick / 2:
+            first, frames = self._from_keyframe(target)
+            if first is not None:
+                if self.on_screen is not None and first[0] <= self.on_screen[0]:
+                    self._learn(2 * (target - self.on_screen[0]))  # sought in vain
                 return itertools.chain((first,), frames)
         self.may_seek = False
+        self.unstamped = 0
         try:
-            self._seek(min(self.first_s, 0.0))
+            self._seek(min(self._first_s(), 0.0))
         except av.error.FFmpegError as error:  # no way back: what still comes is all there is
             self.errors += 1
             reason = f"damaged or incomplete: its start cannot be found again ({error.strerror})"
             self.last_error = DecodeError(f"{self.url}: {reason}.")
-        return self._decoded()
+        return self._decoded(self._packets())
+
+    def _from_keyframe(self, target: float) -> tuple[_Timed | None, Iterator[_Timed]]:
+        """The first keyframe from here on, if it is not after `target`, and the frames after it.
+
+        What comes before it lacks its references. Its packet is looked at first, for a fraction
+        of what decoding it would cost.
+        """
+        packets = itertools.dropwhile(
+            lambda p: p is not None and not p.is_keyframe, self._packets()
+        )
+        packet = next(packets, None)
+        if packet is None or self._shown(packet) > target + self.tick / 2:
+            return None, iter(())
+        frames = self._decoded(itertools.chain((packet,), packets))
+        first = next((f for f in frames if f[1].key_frame), None)
+        if first is None or first[0] > target + self.tick / 2 or not self.may_seek:
+            return None, frames
+        return first, frames
 
     def _seek(self, position_s: float) -> None:
+        self.leave = self.drained = False
         self.container.seek(math.floor(position_s / self.tick), stream=self.stream)
 
-    def _decoded(self) -> Iterator[tuple[float, VideoFrame]]:
-        """Everything from the current position on, passing over damage."""
-        for packet in self._packets():
+    def _learn(self, gop_s: float) -> None:
+        self.longest_gop_s = max(self.longest_gop_s, gop_s)
+        self.gop_s = max(self.longest_gop_s, _SHORT_GOP_S)
+
+    def _decoded(self, packets: Iterator[Any]) -> Iterator[_Timed]:
+        """Everything from the current position on, passing over damage.
+
+        Two kinds of work are saved: frames that none refers to are left out where a later one is
+        on screen at the goal; and when all is sent that the goal needs, and nothing after it is
+        wanted, the decoder is emptied instead of being fed until it lets go of the goal.
+        """
+        recent: deque[float] = deque(maxlen=_REORDERED)
+        keyframe_s, shown, in_order = math.inf, False, True
+        for packet in packets:
+            if packet is not None and packet.dts is not None and packet.pts is not None:
+                in_order = in_order and packet.dts <= packet.pts
+                past = packet.dts * self.tick > self.goal + self.tick / 2
+                self.drained = self.leave and shown and in_order and past
+            if self.may_dispose and packet is not None:
+                self._dispose(packet, recent)
             try:
-                frames = self.stream.decode(packet)
+                frames = self.stream.decode(None if self.drained else packet)
             except MemoryError:
                 raise
             except av.error.FFmpegError as error:
                 self.errors += 1
                 self.last_error = error
-                continue
+                frames = []
             for frame in frames:
                 if frame.pts is None:  # a bare stream: frames count, times do not exist
                     self.may_seek = False
-                    yield self.unstamped * frame_interval(self.stream), frame
+                    yield self.unstamped * self.interval, frame
                     self.unstamped += 1
-                else:
-                    yield frame.pts * self.tick, frame
+                    continue
+                pts_s = frame.pts * self.tick
+                if frame.key_frame:
+                    if pts_s > keyframe_s:
+                        self._learn(pts_s - keyframe_s)
+                    keyframe_s = pts_s
+                shown = shown or pts_s <= self.goal + self.tick / 2
+                yield pts_s, frame
+            if self.drained:
+                return
+
+    def _dispose(self, packet: Any, recent: deque[float]) -> None:
+        """Have the decoder leave out a frame that no other needs, where a later one is due."""
+        late = False
+        if packet.pts is not None:
+            pts_s = packet.pts * self.tick
+            late = any(pts_s < other <= self.goal + self.tick / 2 for other in recent)
+            recent.append(pts_s)
+        self.stream.codec_context.skip_frame = "NONREF" if late else "DEFAULT"
+
+    def _shown(self, packet: Any) -> float:
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        return 0.0 if stamp is None else float(stamp * self.tick)
 
     def _packets(self) -> Iterator[Any]:
         """The stream's packets, and a last one that empties the decoder."""
@@ -236,8 +328,3 @@ class _Decoder:
             yield None
         except OSError as error:  # the store, not the file: nothing to pass over
             raise StorageError(f"{self.url}: reading broke off ({error}).") from error
-
-
-def _keyframe_index(stream: VideoStream, tick: float) -> list[float]:
-    """Times of the keyframes that the container's index lists, in seconds; may be empty."""
-    return sorted(e.timestamp * tick for e in stream.index_entries if e.is_keyframe)

@@ -3,9 +3,9 @@
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 
-from pipeline.media.colour import look_of, to_rgb
+from pipeline.media.colour import _FLAGS, _MATRICES, look_of, to_rgb
 
 # Kr, Kb of ITU-R BT.709, BT.601 and BT.2020, by H.273 number.
 MATRICES = {1: (0.2126, 0.0722), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
@@ -66,3 +66,31 @@ def test_hdr_and_interlaced_frames_are_recognised():
     assert look_of(frame).hdr == "hlg"
     frame.color_trc = 1
     assert look_of(frame).hdr is None
+
+
+@pytest.mark.parametrize(
+    "pix_fmt",
+    ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv411p", "nv12", "yuva420p", "gray",
+     "yuv420p10le", "yuv422p10le", "yuv444p12le", "p010le"],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(64, 48), (67, 45)])
+def test_the_planar_path_gives_the_very_bytes_of_the_packed_one(pix_fmt, size):
+    rng = np.random.default_rng(3)
+    frame = av.VideoFrame(*size, pix_fmt)
+    for plane in frame.planes:
+        noise = rng.integers(0, 256, plane.buffer_size, np.uint8)
+        if pix_fmt.endswith(("10le", "12le")):  # nothing above the top of the scale
+            noise[1::2] &= 3
+        plane.update(noise.tobytes())
+    frame.colorspace = 1
+    look = look_of(frame)
+    packed = VideoReformatter().reformat(
+        frame,
+        format="rgb24",
+        interpolation=_FLAGS,
+        src_colorspace=_MATRICES[1],
+        src_color_range=ColorRange.JPEG if look.full_range else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        threads=1,
+    )
+    assert np.array_equal(to_rgb(frame, look, VideoReformatter()), packed.to_ndarray())
