@@ -32,7 +32,7 @@ from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
 # Counts up when decoding, colour or sampling changes what a score is of.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 _ROWS_PER_GROUP = 8192
 
 
@@ -66,6 +66,7 @@ def fingerprint(config: Config, weights: Weights) -> str:
         "weights": weights.sha256,
         "sample": config.sample,
         "alpha": config.alpha,
+        "policy": asdict(config.policy),
         "precision": config.precision,
         "short_side": weights.card.short_side,
     }
@@ -204,7 +205,9 @@ class _Planner:
         stat = storage.stat(address)
         spec = SampleSpec.parse(config.sample)
         decoder = guard.shared(config.decode_memory_bytes)
-        found = decoder.probe(address, config.sample, config.max_pixels, config.decode_timeout_s)
+        found = decoder.probe(
+            address, config.sample, config.max_pixels, config.decode_timeout_s, config.policy
+        )
         facts = found.facts
         frame_bytes = max(1, facts.coded_width * facts.coded_height * 3)
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))

@@ -14,10 +14,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from pipeline.errors import DecodeError, StorageError, TooLarge
+from pipeline.errors import DecodeError, StorageError, TooLarge, UnsupportedColour
 from pipeline.media import colour
-from pipeline.media.colour import RGB, Look
+from pipeline.media.colour import DEFAULT_POLICY, RGB, Look, Policy
 from pipeline.media.container import explain, frame_interval, open_video
+from pipeline.media.interlace import deinterlaced
+from pipeline.media.letterbox import Box
 
 # A container without an index is sought in only when this much can be skipped.
 _BLIND_SEEK_S = 5.0
@@ -66,15 +68,19 @@ def decode_at(
     weights: Sequence[float],
     limits: Limits,
     take: Callable[[RGB], None] | None = None,
+    policy: Policy = DEFAULT_POLICY,
+    crop: str | None = None,
 ) -> Decoded:
     """Decode the frame on screen at each of `times` (seconds, ascending).
 
     A frame on screen at several of them comes once, with their weights added. Damage is passed
     over as a player would do, and reported in `problem`. take: is given each frame as soon as it
-    is decoded; shots then hold no pixels. Raises MediaError when nothing at all could be decoded.
+    is decoded; shots then hold no pixels. crop: the part of the upright picture that is wanted, as
+    `letterbox` writes it. Raises MediaError when nothing at all could be decoded.
     """
     with open_video(url, limits.max_pixels) as (container, stream):
-        return _Decoder(url, container, stream, limits, take).run(times, weights)
+        decoder = _Decoder(url, container, stream, limits, take, policy, crop)
+        return decoder.run(times, weights)
 
 
 class _Decoder:
@@ -85,9 +91,15 @@ class _Decoder:
         stream: VideoStream,
         limits: Limits,
         take: Callable[[RGB], None] | None,
+        policy: Policy,
+        crop: str | None,
     ) -> None:
         self.url, self.container, self.stream = url, container, stream
         self.limits, self.take = limits, take
+        self.policy, self.crop = policy, Box.parse(crop) if crop else None
+        self.before: VideoFrame | None = None
+        self.after: VideoFrame | None = None
+        self.lead_s = 0.0
         self.bytes = 0
         self.tick = float(stream.time_base or 1 / 90000)
         self.reformatter = VideoReformatter()
@@ -103,6 +115,7 @@ class _Decoder:
     def run(self, times: Sequence[float], weights: Sequence[float]) -> Decoded:
         """Walk the frames in presentation order, seeking over what no sample needs."""
         on_screen: tuple[float, VideoFrame] | None = None
+        last: VideoFrame | None = None
         done, sought = 0, 0
         seek = self._worth_seeking(self.first_s, times[0])
         frames = self._after_seek(times[0]) if seek else self._decoded()
@@ -110,16 +123,21 @@ class _Decoder:
             pts_s, frame = next(frames, (0.0, None))
             if frame is None:
                 break
+            # A frame that is to be deinterlaced waits for the one after it.
+            waits, self.after = self._waits(frame), frame
             while done < len(times) and times[done] < pts_s - self.tick / 2:
+                if on_screen is None and waits:
+                    break
                 self._take(*(on_screen or (pts_s, frame)), weights[done])
                 done += 1
-            on_screen = (pts_s, frame)
-            while done < len(times) and abs(times[done] - pts_s) <= self.tick / 2:
+            self.before, self.after = last, None
+            on_screen, last = (pts_s, frame), frame
+            while done < len(times) and abs(times[done] - pts_s) <= self.tick / 2 and not waits:
                 self._take(pts_s, frame, weights[done])
                 done += 1
             if sought < done < len(times) and self._worth_seeking(pts_s, times[done]):
                 frames = self._after_seek(times[done])
-                sought = done
+                sought, last = done, None
         if on_screen is not None:
             end = on_screen[0] + _TAIL_S + float(on_screen[1].duration or 0) * self.tick
             while done < len(times) and times[done] <= end:
@@ -162,18 +180,43 @@ class _Decoder:
             )
         # Cut short by a damaged packet, and so the last one before a hole, or patched up.
         self.concealed += bool(frame.is_corrupt)
-        look = colour.look_of(frame)
-        self.out.look = self.out.look or look
-        rgb = colour.to_rgb(frame, look, self.reformatter)
+        rgb = self._converted(frame)
         if self.take is not None:
             self.take(rgb)
             rgb = _NO_PIXELS
         shots.append(Shot(pts_s, weight, rgb))
 
+    def _converted(self, frame: VideoFrame) -> RGB:
+        """A frame as the policy wants it. `before` and `after` are its neighbours."""
+        look = colour.look_of(frame, deinterlaced=self._waits(frame))
+        if objection := colour.objection(look, self.policy):
+            raise UnsupportedColour(f"{self.url}: {objection}.")
+        self.out.look = self.out.look or look
+        if look.deinterlaced:
+            frame = deinterlaced(self.before, frame, self.after)
+        rgb = colour.to_rgb(frame, look, self.reformatter)
+        if self.crop is None:
+            return rgb
+        if rgb.shape[0] < self.crop.bottom or rgb.shape[1] < self.crop.right:
+            raise DecodeError(
+                f"{self.url}: a frame of {rgb.shape[1]}x{rgb.shape[0]} pixels is too small for the "
+                f"crop {self.crop} that others gave. Use crop=none."
+            )
+        return np.ascontiguousarray(self.crop.of(rgb))
+
+    def _waits(self, frame: VideoFrame) -> bool:
+        """Whether a frame is to be deinterlaced, for which its neighbours must be known."""
+        waits = bool(frame.interlaced_frame) and self.policy.interlaced == "deinterlace"
+        if waits and not self.lead_s:  # from now on, seek to at least a frame before a target
+            shown = float(frame.duration or 0) * self.tick
+            self.lead_s = max(shown, frame_interval(self.stream))
+        return waits
+
     def _worth_seeking(self, now: float, target: float) -> bool:
         """Whether a keyframe lies between: decoding up to it can be saved."""
         if not self.may_seek:
             return False
+        target -= self.lead_s
         if len(self.keyframes) > 1:
             before = bisect.bisect_right(self.keyframes, target) - 1
             return before >= 0 and self.keyframes[before] > now + self.tick
@@ -187,14 +230,16 @@ class _Decoder:
         """
         for back in _SEEK_BACK_S:
             try:
-                self._seek(target - back)
+                self._seek(target - self.lead_s - back)
             except av.error.FFmpegError:
                 break
             # What comes before the first keyframe lacks its references.
             frames = itertools.dropwhile(lambda f: not f[1].key_frame, self._decoded())
             first = next(frames, None)
-            if first is not None and first[0] <= target + self.tick / 2:
-                return itertools.chain((first,), frames)
+            if first is not None:
+                self._waits(first[1])
+                if first[0] <= target - self.lead_s + self.tick / 2:
+                    return itertools.chain((first,), frames)
         self.may_seek = False
         try:
             self._seek(min(self.first_s, 0.0))
