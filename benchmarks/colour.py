@@ -83,7 +83,7 @@ def coded(signal: Signal, rgb: Array) -> Array:
 
 
 def chart(signal: Signal) -> Array:
-    """Codes of colour patches, [n,3]: bars of 100 % and 75 %, a grey ramp, a grid over all codes."""
+    """Codes of colour patches, [n,3]: bars of 100 and 75 %, a grey ramp, a grid over all codes."""
     black, white, neutral, width = signal.ranges()
     bars = np.concatenate([np.array(_BARS), 0.75 * np.array(_BARS)])
     ramp = np.full((256, 3), neutral)

@@ -85,14 +85,16 @@ class Look:
     interlaced: bool
     rotation: int
     mirrored: bool
+    codec_padding: str | None
+    """What the codec codes beyond the picture, `COLUMNSxROWS`; its own cropping cut it off."""
     peak_nits: float | None
     """What tone mapping took for the brightest of the source; None when there was none."""
     gamut_mapped: bool
     deinterlaced: bool
 
 
-def look_of(frame: VideoFrame, deinterlaced: bool = False) -> Look:
-    """Read a frame's tags and settle what they leave open."""
+def look_of(frame: VideoFrame, coded: tuple[int, int] = (0, 0), deinterlaced: bool = False) -> Look:
+    """Read a frame's tags and settle what they leave open. coded: the codec's width and height."""
     is_rgb = frame.format.is_rgb
     tagged = _MATRIX_NAMES.get(int(frame.colorspace))
     hd = frame.height >= 720 or frame.width >= 1280
@@ -111,6 +113,7 @@ def look_of(frame: VideoFrame, deinterlaced: bool = False) -> Look:
         interlaced=bool(frame.interlaced_frame),
         rotation=rotation,
         mirrored=mirrored,
+        codec_padding=_padding(frame, *coded),
         peak_nits=_peak_nits(frame) if hdr else None,
         gamut_mapped=_gamut(primaries, matrix, hdr) != "bt709",
         deinterlaced=deinterlaced,
@@ -209,6 +212,11 @@ def _peak_nits(frame: VideoFrame) -> float:
         if has_light and numerator > 0 and denominator > 0:
             return float(np.clip(numerator / denominator, *_PEAK_NITS))
     return tonemap.DEFAULT_PEAK_NITS
+
+
+def _padding(frame: VideoFrame, width: int, height: int) -> str | None:
+    columns, rows = max(width - frame.width, 0), max(height - frame.height, 0)
+    return f"{columns}x{rows}" if columns or rows else None
 
 
 def _side_data(frame: VideoFrame, kind: SideDataType) -> bytes | None:

@@ -188,7 +188,8 @@ class _Decoder:
 
     def _converted(self, frame: VideoFrame) -> RGB:
         """A frame as the policy wants it. `before` and `after` are its neighbours."""
-        look = colour.look_of(frame, deinterlaced=self._waits(frame))
+        codec = self.stream.codec_context
+        look = colour.look_of(frame, (codec.coded_width, codec.coded_height), self._waits(frame))
         if objection := colour.objection(look, self.policy):
             raise UnsupportedColour(f"{self.url}: {objection}.")
         self.out.look = self.out.look or look

@@ -63,8 +63,10 @@ def luma(rgb: RGB) -> Luma:
 def lit(luma: Luma) -> Box | None:
     """What the black edges of a frame leave, of full-range luma [H,W]; None of a black frame."""
     rows = np.flatnonzero(luma.mean(axis=1) > _BLACK)
-    columns = np.flatnonzero(luma.mean(axis=0) > _BLACK)
-    if not rows.size or not columns.size:
+    if not rows.size:
+        return None
+    columns = np.flatnonzero(luma[rows[0] : rows[-1] + 1].mean(axis=0) > _BLACK)
+    if not columns.size:
         return None
     return Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 

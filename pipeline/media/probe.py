@@ -8,7 +8,6 @@ from typing import Literal
 
 import av
 from av.container import InputContainer
-from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from pipeline import storage
@@ -36,7 +35,6 @@ class Facts:
     bit_rate: int | None
     pix_fmt: str | None
     sample_aspect_ratio: str | None
-    codec_padding: str | None
     crop: str | None
     n_video_streams: int
     field_order: str | None
@@ -86,7 +84,6 @@ def _probe_image(url: str, max_pixels: int) -> Probe:
         bit_rate=None,
         pix_fmt=f"{found.mode.lower()}{found.bits if found.bits > 8 else ''}",
         sample_aspect_ratio=None,
-        codec_padding=None,
         crop=None,
         n_video_streams=0,
         field_order=None,
@@ -118,18 +115,11 @@ def _probe_video(url: str, spec: SampleSpec, max_pixels: int, policy: Policy) ->
             bit_rate=stream.bit_rate or container.bit_rate or None,
             pix_fmt=codec.pix_fmt,
             sample_aspect_ratio=str(aspect) if aspect and aspect != 1 else None,
-            codec_padding=_padding(codec),
             crop=_between_bars(url, timeline, max_pixels, policy),
             n_video_streams=len(container.streams.video),
             field_order=_FIELD_ORDERS.get(int(codec.field_order)),
         )
         return Probe(facts, timeline)
-
-
-def _padding(codec: VideoCodecContext) -> str | None:
-    """What the codec codes beyond the picture, `COLUMNSxROWS`; FFmpeg has cut it off."""
-    columns, rows = codec.coded_width - codec.width, codec.coded_height - codec.height
-    return f"{columns}x{rows}" if columns > 0 or rows > 0 else None
 
 
 def _between_bars(url: str, timeline: Timeline, max_pixels: int, policy: Policy) -> str | None:
