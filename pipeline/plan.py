@@ -1,7 +1,7 @@
 """plan: a catalog to work units.
 
     items: one row per item        uri, explicit, columns of the manifest
-       |  probe   CPU, 1 item -> its units; opens each file once, decodes nothing
+       |  probe   CPU, 1 item -> its units; decodes nothing, but for `crop: auto`
        v
     plan/: one row per work unit   schemas.PLAN + columns of the manifest
 

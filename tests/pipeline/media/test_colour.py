@@ -34,6 +34,8 @@ PAGE = (Path(__file__).parents[3] / "docs/colour.md").read_text(encoding="utf-8"
 
 def blank(height=64, width=64, name="yuv420p", **tags):
     frame = av.VideoFrame(width, height, name)
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size))
     for tag, value in tags.items():
         setattr(frame, tag, value)
     return frame
@@ -99,6 +101,7 @@ def test_chroma_is_taken_from_where_the_stream_says_it_is(tmp_path, location, of
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.colorspace = 1
+        frame.pts = 0
         container.mux([*stream.encode(frame), *stream.encode(None)])
     rgb = decode_at(str(tmp_path / "ramp.mp4"), [0.0], [1.0], LIMITS).shots[0].rgb
     yuv = np.full((width, 3), 128.0)
@@ -140,7 +143,9 @@ def hdr_file(path, transfer, parameters=""):
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
         for name, value in (("colorspace", 9), ("color_primaries", 9), ("color_trc", transfer)):
             setattr(stream.codec_context, name, value)
-        container.mux(stream.encode(blank(64, 96, "yuv420p10le")))
+        frame = blank(64, 96, "yuv420p10le")
+        frame.pts = 0
+        container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return str(path)
 

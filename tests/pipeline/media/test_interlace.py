@@ -44,8 +44,10 @@ def encode_interlaced(path, frames, first, codec="libx264", gop=6):
         stream.codec_context.flags |= _ILDCT_AND_ILME
         for index, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            # Field by field, as chroma of interlaced 4:2:0 is.
-            frame = flagged(frame, first).reformat(format="yuv420p")
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG"
+            )
+            frame = flagged(frame, first)
             frame.pts, frame.time_base = index, Fraction(1, 25)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
