@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
+from pipeline.media.colour import Crop, Hdr, Interlaced, Policy
 from pipeline.media.sample import SampleSpec
 from pipeline.pooling import DEFAULT_POOLING, check_names
 
@@ -48,6 +49,21 @@ class Config(BaseModel):
     )
     alpha: Literal["black", "white"] = Field(
         default="black", description="What transparent images are laid over before scoring."
+    )
+    hdr: Hdr = Field(
+        default="tonemap",
+        description="What becomes of HDR video (PQ, HLG): `tonemap` to standard range, marked in "
+        "the `hdr` column, or `refuse`: it fails as `unsupported_colour`. See docs/colour.md.",
+    )
+    interlaced: Interlaced = Field(
+        default="deinterlace",
+        description="What becomes of frames flagged as interlaced: `deinterlace` (bwdif, one "
+        "picture a frame), or `keep` their two fields woven, and their combing in the score.",
+    )
+    crop: Crop = Field(
+        default="none",
+        description="`auto` looks for black bars around a video, in eight frames while planning, "
+        "and scores the picture between them.",
     )
     pooling: tuple[str, ...] = Field(
         default=DEFAULT_POOLING,
@@ -177,6 +193,11 @@ class Config(BaseModel):
         fields = self.model_dump(mode="json", exclude_defaults=True)
         settings = [f"--set={name}={json.dumps(value)}" for name, value in fields.items()]
         return shlex.join(["topiq", "score", uri, "-o", "replay", *settings])
+
+    @property
+    def policy(self) -> Policy:
+        """What may be done to pictures."""
+        return Policy(self.hdr, self.interlaced, self.crop)
 
     @property
     def failures_allowed(self) -> int | None:

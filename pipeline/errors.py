@@ -99,6 +99,12 @@ class UnsupportedCodec(MediaError):
     code = "unsupported_codec"
 
 
+class UnsupportedColour(MediaError):
+    """HDR while `hdr` is `refuse`, or a colour matrix for which there is no conversion."""
+
+    code = "unsupported_colour"
+
+
 class Encrypted(MediaError):
     """The pictures are encrypted (DRM)."""
 

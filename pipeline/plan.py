@@ -1,7 +1,8 @@
 """plan: a catalog to work units.
 
     items: one row per item        catalog.COLUMNS, columns of the manifest, what was known before
-       |  probe   CPU, 1 item -> its units; opens each file once, decodes nothing
+       |  probe   CPU, 1 item -> its units; opens each file once, and decodes
+       |          nothing but for `crop: auto`
        v
     plan/: one row per work unit   schemas.PLAN + columns of the manifest
 
@@ -36,7 +37,7 @@ from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
 # Counts up when decoding, colour or sampling changes what a score is of.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 _ROWS_PER_GROUP = 8192
 # Marks in `unit_index` of rows that are no units: a file that is no media, an item that is as the
 # last plan has it.
@@ -74,6 +75,7 @@ def fingerprint(config: Config, weights: Weights) -> str:
         "weights": weights.sha256,
         "sample": config.sample,
         "alpha": config.alpha,
+        "policy": asdict(config.policy),
         "precision": config.precision,
         "short_side": weights.card.short_side,
     }
@@ -285,7 +287,9 @@ class _Planner:
             )
         spec = SampleSpec.parse(config.sample)
         decoder = guard.shared(config.decode_memory_bytes)
-        found = decoder.probe(address, config.sample, config.max_pixels, config.decode_timeout_s)
+        found = decoder.probe(
+            address, config.sample, config.max_pixels, config.decode_timeout_s, config.policy
+        )
         facts = found.facts
         if found.timeline.duration_s > config.max_duration_s:
             raise TooLarge(

@@ -26,6 +26,7 @@ _FACTS = [
     pa.field("bit_rate", pa.int64()),
     pa.field("pix_fmt", pa.string()),
     pa.field("sample_aspect_ratio", pa.string()),
+    pa.field("crop", pa.string()),
     pa.field("n_video_streams", pa.int32()),
     pa.field("field_order", pa.string()),
     pa.field("size_bytes", pa.int64()),
@@ -49,6 +50,10 @@ FRAME_FORM = pa.struct(
         pa.field("interlaced", pa.bool_()),
         pa.field("rotation", pa.int32()),
         pa.field("mirrored", pa.bool_()),
+        pa.field("codec_padding", pa.string()),
+        pa.field("peak_nits", pa.float64()),
+        pa.field("gamut_mapped", pa.bool_()),
+        pa.field("deinterlaced", pa.bool_()),
     ]
 )
 

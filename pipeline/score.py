@@ -113,7 +113,8 @@ def run(
 
 
 _PLAN_COLUMNS = [
-    "unit_id", "item_id", "uri", "kind", "model", "unit_index", "times_s", "weights_s", "code",
+    "unit_id", "item_id", "uri", "kind", "model", "unit_index", "times_s", "weights_s", "crop",
+    "code",
 ]  # fmt: skip
 
 
@@ -215,7 +216,7 @@ def _decode(unit: dict[str, Any], config: Config) -> Frames:
         return replace(found, weight_s=unit["weights_s"])
     found = decoder.decode_video(
         address, unit["times_s"], unit["weights_s"],
-        config.max_pixels, 2 * config.unit_bytes, timeout,
+        config.max_pixels, 2 * config.unit_bytes, timeout, config.policy, unit["crop"],
     )  # fmt: skip
     if found.problem and config.on_partial == "fail":
         raise DecodeError(f"{address}: only a part can be decoded ({found.problem}).")

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.errors import DecodeMemory, InternalError, MediaError
 from pipeline.media import decode, image, probe, wire
-from pipeline.media.colour import RGB
+from pipeline.media.colour import RGB, Policy
 from pipeline.media.sample import SampleSpec
 
 _PR_SET_PDEATHSIG = 1
@@ -58,8 +58,10 @@ def _answer(frames: "_FrameFile", op: str, url: str, **request: Any) -> dict[str
     return {"code": kind.code, "message": message}
 
 
-def _probe(_: "_FrameFile", url: str, sample: str, max_pixels: int) -> dict[str, Any]:
-    return asdict(probe.probe(url, SampleSpec.parse(sample), max_pixels))
+def _probe(
+    _: "_FrameFile", url: str, sample: str, max_pixels: int, policy: dict[str, Any]
+) -> dict[str, Any]:
+    return asdict(probe.probe(url, SampleSpec.parse(sample), max_pixels, Policy(**policy)))
 
 
 def _decode_video(
@@ -69,9 +71,13 @@ def _decode_video(
     weights: list[float],
     max_pixels: int,
     max_bytes: int,
+    policy: dict[str, Any],
+    crop: str | None,
 ) -> dict[str, Any]:
     limits = decode.Limits(max_pixels, max_bytes)
-    found = decode.decode_at(url, times, weights, limits, frames.write)
+    found = decode.decode_at(
+        url, times, weights, limits, frames.write, policy=Policy(**policy), crop=crop
+    )
     return {
         "pts_s": [shot.pts_s for shot in found.shots],
         "weight_s": [shot.weight_s for shot in found.shots],

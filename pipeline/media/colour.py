@@ -1,13 +1,12 @@
-"""From a decoded frame to full-range RGB: matrix, range, orientation. One stated policy.
+"""From a decoded frame to full-range RGB of a BT.709 display. docs/colour.md states the policy.
 
-Matrix: as tagged; untagged means BT.709 from 720 lines (or 1280 columns) up, BT.601 below.
-Range: as tagged; untagged means limited, except for full-range pixel formats. RGB stays as it is.
-Chroma is upsampled bicubically, rounding is accurate. HDR and interlaced material is converted
-like any other and marked.
+swscale undoes the matrix, the range and the chroma subsampling, with accurate rounding; `tonemap`
+does what needs linear light: HDR, and primaries wider than those of BT.709.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +14,37 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-RGB = npt.NDArray[np.uint8]
+from pipeline.media import tonemap
 
-_MATRICES = {  # ITU-T H.273 matrix coefficients
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,
-    6: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
+RGB = npt.NDArray[np.uint8]
+Hdr = Literal["tonemap", "refuse"]
+Interlaced = Literal["deinterlace", "keep"]
+Crop = Literal["none", "auto"]
+
+_MATRIX_NAMES = {  # ITU-T H.273 matrix coefficients; 0 (RGB), 2 and 3 say nothing of YUV
+    1: "bt709",
+    4: "fcc",
+    5: "bt601",
+    6: "bt601",
+    7: "smpte240m",
+    8: "ycgco",
+    9: "bt2020",
+    10: "bt2020cl",
+    11: "ydzdx",
+    12: "chroma_derived",
+    13: "chroma_derived_cl",
+    14: "ictcp",
+    15: "ipt_c2",
+    16: "ycgco_re",
+    17: "ycgco_ro",
+}
+_SWSCALE = {
+    "rgb": None,
+    "bt709": Colorspace.ITU709,
+    "fcc": Colorspace.FCC,
+    "bt601": Colorspace.ITU601,
+    "smpte240m": Colorspace.SMPTE240M,
+    "bt2020": Colorspace.BT2020,
 }
 _FLAGS = (
     Interpolation.BICUBIC
@@ -33,15 +53,22 @@ _FLAGS = (
     | Interpolation.FULL_CHR_H_INP
 )
 _HDR_TRANSFERS = {16: "pq", 18: "hlg"}
-_MATRIX_NAMES = {
-    0: "rgb",
-    1: "bt709",
-    4: "fcc",
-    5: "bt601",
-    6: "bt601",
-    7: "smpte240m",
-    9: "bt2020",
-}
+_PRIMARIES: dict[int, Literal["bt709", "bt2020", "p3"]] = {9: "bt2020", 11: "p3", 12: "p3"}
+_UNTAGGED = (0, 2)
+# What a mastering display or a content light level may sensibly claim.
+_PEAK_NITS = (100.0, 10000.0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be done to pictures that are not progressive standard-range ones without bars."""
+
+    hdr: Hdr = "tonemap"
+    interlaced: Interlaced = "deinterlace"
+    crop: Crop = "none"
+
+
+DEFAULT_POLICY = Policy()
 
 
 @dataclass(frozen=True)
@@ -58,55 +85,146 @@ class Look:
     interlaced: bool
     rotation: int
     mirrored: bool
+    codec_padding: str | None
+    """What the codec codes beyond the picture, `COLUMNSxROWS`; its own cropping cut it off."""
+    peak_nits: float | None
+    """What tone mapping took for the brightest of the source; None when there was none."""
+    gamut_mapped: bool
+    deinterlaced: bool
 
 
-def look_of(frame: VideoFrame) -> Look:
-    """Read a frame's tags and settle what they leave open."""
-    tag = int(frame.colorspace)
+def look_of(frame: VideoFrame, coded: tuple[int, int] = (0, 0), deinterlaced: bool = False) -> Look:
+    """Read a frame's tags and settle what they leave open. coded: the codec's width and height."""
     is_rgb = frame.format.is_rgb
-    known = tag in _MATRICES and not is_rgb
+    tagged = _MATRIX_NAMES.get(int(frame.colorspace))
     hd = frame.height >= 720 or frame.width >= 1280
-    matrix = 0 if is_rgb else tag if known else 1 if hd else 6
-    full = is_rgb or frame.format.name.startswith("yuvj") or int(frame.color_range) == 2
+    matrix = "rgb" if is_rgb else tagged or ("bt709" if hd else "bt601")
     rotation, mirrored = orientation(frame)
-    transfer = int(frame.color_trc)
+    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+    hdr = _HDR_TRANSFERS.get(transfer)
     return Look(
         pix_fmt=frame.format.name,
-        matrix=_MATRIX_NAMES.get(matrix, "bt2020"),
-        matrix_tagged=known or is_rgb,
-        full_range=full,
-        primaries=int(frame.color_primaries),
+        matrix=matrix,
+        matrix_tagged=tagged is not None or is_rgb,
+        full_range=is_rgb or frame.format.name.startswith("yuvj") or int(frame.color_range) == 2,
+        primaries=primaries,
         transfer=transfer,
-        hdr=_HDR_TRANSFERS.get(transfer),
+        hdr=hdr,
         interlaced=bool(frame.interlaced_frame),
         rotation=rotation,
         mirrored=mirrored,
+        codec_padding=_padding(frame, *coded),
+        peak_nits=_peak_nits(frame) if hdr else None,
+        gamut_mapped=_gamut(primaries, matrix, hdr) != "bt709",
+        deinterlaced=deinterlaced,
     )
 
 
+def objection(look: Look, policy: Policy) -> str | None:
+    """Why a frame is not to be converted; None when it is."""
+    if look.hdr and policy.hdr == "refuse":
+        return f"HDR ({look.hdr}), which the option hdr=refuse turns away"
+    if look.matrix not in _SWSCALE:
+        return f"its colours are in {look.matrix}, for which there is no conversion here"
+    return None
+
+
 def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
-    """Full-range RGB, uint8 [H,W,3], upright."""
-    matrix = {v: _MATRICES.get(k) for k, v in _MATRIX_NAMES.items()}.get(look.matrix)
+    """Full-range RGB, uint8 [H,W,3], upright. The look's matrix must be one without objection."""
+    depth = min(frame.format.components[0].bits, 16)
+    linear = look.hdr is not None or look.gamut_mapped
     # To 8 bits, swscale takes the top of a full-range 10-bit scale for 1020, not 1023.
-    deep = look.full_range and frame.format.components[0].bits > 8
-    # Planes come with the same values as packed pixels, from vector instead of scalar code.
-    target = "rgb48le" if deep else "rgb24" if look.matrix == "rgb" else "gbrp"
+    deep = linear or (look.full_range and depth > 8)
+    # To planes, swscale is five times as fast as to pixels, with the same result.
     converted = reformatter.reformat(
         frame,
-        format=target,
+        format="gbrp16le" if deep else "gbrp",
         interpolation=_FLAGS,
-        src_colorspace=matrix,
+        src_colorspace=_SWSCALE[look.matrix],
         src_color_range=ColorRange.JPEG if look.full_range else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         threads=1,
     )
-    image = converted.to_ndarray()
-    if deep:
-        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    red, green, blue = _planes(converted, np.dtype("<u2") if deep else np.dtype(np.uint8))
+    # swscale widens full-range values by a shift, and takes limited-range white for 255 x 256.
+    top = ((1 << depth) - 1) << (16 - depth) if look.full_range else 255 << 8
+    if linear:
+        image = tonemap.to_bt709(red, green, blue, _light(look), top)
+    else:
+        image = np.empty((*red.shape, 3), np.uint8)
+        for index, plane in enumerate((red, green, blue)):
+            image[:, :, index] = _rounding_table(top)[plane] if deep else plane
     if look.mirrored:
         image = image[:, ::-1]
     turns = (-look.rotation // 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns))
+
+
+def _planes(frame: VideoFrame, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+    """Red, green and blue of a planar RGB frame, which has them in the order G, B, R; views."""
+    planes = [np.frombuffer(memoryview(p), dtype).reshape(frame.height, -1) for p in frame.planes]
+    return [planes[i][:, : frame.width] for i in (2, 0, 1)]
+
+
+@functools.lru_cache(maxsize=4)
+def _rounding_table(top: int) -> RGB:
+    """From a 16-bit code to an 8-bit one, `top` being white."""
+    codes = np.minimum(np.arange(1 << 16) / top, 1)
+    return np.asarray(np.rint(255 * codes), np.uint8)
+
+
+def _light(look: Look) -> tonemap.Light:
+    gamut = _gamut(look.primaries, look.matrix, look.hdr)
+    if look.hdr is None:
+        return tonemap.Light("sdr", gamut)
+    transfer: Literal["pq", "hlg"] = "pq" if look.hdr == "pq" else "hlg"
+    return tonemap.Light(transfer, gamut, look.peak_nits or tonemap.DEFAULT_PEAK_NITS)
+
+
+def _gamut(primaries: int, matrix: str, hdr: str | None) -> Literal["bt709", "bt2020", "p3"]:
+    """The primaries to convert from; sets close to BT.709's (BT.601) count as those.
+
+    Untagged means BT.2020 where the matrix or the transfer are of that family.
+    """
+    if primaries in _UNTAGGED and (matrix == "bt2020" or hdr):
+        return "bt2020"
+    return _PRIMARIES.get(primaries, "bt709")
+
+
+def _peak_nits(frame: VideoFrame) -> float:
+    """The brightest light of an HDR video, cd/m2: MaxCLL, else the mastering display's peak.
+
+    HLG is scene-referred and has a nominal peak instead (ITU-R BT.2100).
+    """
+    if _HDR_TRANSFERS.get(int(frame.color_trc)) == "hlg":
+        return tonemap.DEFAULT_PEAK_NITS
+    level = _side_data(frame, SideDataType.CONTENT_LIGHT_LEVEL)
+    if level is not None:  # AVContentLightMetadata: unsigned MaxCLL, MaxFALL
+        brightest = float(np.frombuffer(level, "<u4")[0])
+        if brightest:
+            return float(np.clip(brightest, *_PEAK_NITS))
+    mastering = _side_data(frame, SideDataType.MASTERING_DISPLAY_METADATA)
+    if mastering is not None:
+        # AVMasteringDisplayMetadata: eight chromaticities, least and most light (each a fraction
+        # of two ints), and whether the chromaticities and the light are set.
+        values = np.frombuffer(mastering, "<i4")
+        numerator, denominator, has_light = values[18], values[19], values[21]
+        if has_light and numerator > 0 and denominator > 0:
+            return float(np.clip(numerator / denominator, *_PEAK_NITS))
+    return tonemap.DEFAULT_PEAK_NITS
+
+
+def _padding(frame: VideoFrame, width: int, height: int) -> str | None:
+    columns, rows = max(width - frame.width, 0), max(height - frame.height, 0)
+    return f"{columns}x{rows}" if columns or rows else None
+
+
+def _side_data(frame: VideoFrame, kind: SideDataType) -> bytes | None:
+    try:
+        data: Any = frame.side_data.get(kind)  # type: ignore[call-overload]
+    except ValueError:  # PyAV does not know every kind of side data there is
+        return None
+    return None if data is None else bytes(data)
 
 
 def orientation(frame: VideoFrame) -> tuple[int, bool]:
@@ -114,13 +232,10 @@ def orientation(frame: VideoFrame) -> tuple[int, bool]:
 
     From the display matrix (ISO/IEC 14496-12, 6.2.2); angles are rounded to quarter turns.
     """
-    try:
-        data: Any = frame.side_data.get(SideDataType.DISPLAYMATRIX)  # type: ignore[call-overload]
-    except ValueError:  # PyAV does not know every kind of side data there is
-        return (-frame.rotation) % 360, False
+    data = _side_data(frame, SideDataType.DISPLAYMATRIX)
     if data is None:
-        return 0, False
-    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(data), dtype="<i4")[:5])
+        return (-frame.rotation) % 360, False
+    a, b, _, c, d = (int(v) for v in np.frombuffer(data, dtype="<i4")[:5])
     mirrored = a * d - b * c < 0
     if mirrored:
         a, b = -a, -b

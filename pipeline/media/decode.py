@@ -14,10 +14,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from pipeline.errors import DecodeError, StorageError, TooLarge
+from pipeline.errors import DecodeError, StorageError, TooLarge, UnsupportedColour
 from pipeline.media import colour
-from pipeline.media.colour import RGB, Look
+from pipeline.media.colour import DEFAULT_POLICY, RGB, Look, Policy
 from pipeline.media.container import explain, frame_interval, open_video
+from pipeline.media.interlace import deinterlaced
+from pipeline.media.letterbox import Box
 
 _SEEKABLE = ("mov", "matroska", "mpegts", "avi")
 # A seek has a price too, here in frames decoded: the decoder starts empty and has to fill again.
@@ -29,6 +31,7 @@ _SHORT_GOP_S = 1.0
 # Codecs in which a frame that says that none refers to it can be left out without a trace. (In
 # HEVC it is only said of frames of the same temporal layer.)
 _DISPOSES = ("h264",)
+_PROGRESSIVE = 1  # AVFieldOrder; 0 is unknown
 # Frames that a stream may reorder (H.264, A.3.1): so far back, packets say what comes later.
 _REORDERED = 16
 # How far before a target to seek, in turn, until a keyframe before it is found.
@@ -78,15 +81,19 @@ def decode_at(
     weights: Sequence[float],
     limits: Limits,
     take: Callable[[RGB], None] | None = None,
+    policy: Policy = DEFAULT_POLICY,
+    crop: str | None = None,
 ) -> Decoded:
     """Decode the frame on screen at each of `times` (seconds, ascending).
 
     A frame on screen at several of them comes once, with their weights added. Damage is passed
     over as a player would do, and reported in `problem`. take: is given each frame as soon as it
-    is decoded; shots then hold no pixels. Raises MediaError when nothing at all could be decoded.
+    is decoded; shots then hold no pixels. crop: the part of the upright picture that is wanted, as
+    `letterbox` writes it. Raises MediaError when nothing at all could be decoded.
     """
     with open_video(url, limits.max_pixels) as (container, stream):
-        return _Decoder(url, container, stream, limits, take).run(times, weights)
+        decoder = _Decoder(url, container, stream, limits, take, policy, crop)
+        return decoder.run(times, weights)
 
 
 class _Decoder:
@@ -97,9 +104,13 @@ class _Decoder:
         stream: VideoStream,
         limits: Limits,
         take: Callable[[RGB], None] | None,
+        policy: Policy,
+        crop: str | None,
     ) -> None:
         self.url, self.container, self.stream = url, container, stream
         self.limits, self.take = limits, take
+        self.policy, self.crop = policy, Box.parse(crop) if crop else None
+        self.lead_s = 0.0
         self.bytes = 0
         self.tick = float(stream.time_base or 1 / 90000)
         self.interval = frame_interval(stream)
@@ -110,11 +121,15 @@ class _Decoder:
         self.out = Decoded()
         self.unstamped = 0
         self.may_seek = any(name in container.format.name for name in _SEEKABLE)
-        self.may_dispose = stream.codec_context.name in _DISPOSES
+        # A frame that is deinterlaced needs its neighbours, those that none refers to as well.
+        progressive = int(stream.codec_context.field_order) <= _PROGRESSIVE
+        self.may_dispose = stream.codec_context.name in _DISPOSES and progressive
         self.gop_s = _GOP_S
         self.longest_gop_s = 0.0
         self.on_screen: _Timed | None = None
         self.ahead: _Timed | None = None
+        self.last: VideoFrame | None = None
+        self.before: VideoFrame | None = None
         self.goal = -math.inf
         self.leave = False
         self.drained = False
@@ -144,12 +159,20 @@ class _Decoder:
             self.ahead = self.ahead or next(frames, None)
             if self.ahead is None or self.ahead[0] > time + self.tick / 2:
                 break
-            self.on_screen, self.ahead = self.ahead, None
+            self._show(self.ahead)
+        if self.on_screen is None and self.ahead is not None and self._waits(self.ahead[1]):
+            self._show(self.ahead)
+        if self.on_screen is not None and self._waits(self.on_screen[1]):
+            self.ahead = self.ahead or next(frames, None)
         if self.on_screen is None or self.ahead is not None or self.drained:
             return self.on_screen or self.ahead
         pts_s, frame = self.on_screen
         held_s = _TAIL_S + float(frame.duration or 0) * self.tick
         return self.on_screen if time <= pts_s + held_s else None
+
+    def _show(self, timed: _Timed) -> None:
+        self.on_screen, self.ahead = timed, None
+        self.before, self.last = self.last, timed[1]
 
     def _settle(self) -> None:
         if not self.out.shots:
@@ -183,9 +206,7 @@ class _Decoder:
             )
         # Cut short by a damaged packet, and so the last one before a hole, or patched up.
         self.concealed += bool(frame.is_corrupt)
-        look = colour.look_of(frame)
-        self.out.look = self.out.look or look
-        rgb = colour.to_rgb(frame, look, self.reformatter)
+        rgb = self._converted(frame)
         if self.take is not None:
             self.take(rgb)
             rgb = _NO_PIXELS
@@ -195,6 +216,33 @@ class _Decoder:
         entries = self.stream.index_entries
         return entries[0].timestamp * self.tick if len(entries) else 0.0
 
+    def _converted(self, frame: VideoFrame) -> RGB:
+        """A frame as the policy wants it."""
+        codec = self.stream.codec_context
+        look = colour.look_of(frame, (codec.coded_width, codec.coded_height), self._waits(frame))
+        if objection := colour.objection(look, self.policy):
+            raise UnsupportedColour(f"{self.url}: {objection}.")
+        self.out.look = self.out.look or look
+        if look.deinterlaced:
+            frame = deinterlaced(self.before, frame, self.ahead[1] if self.ahead else None)
+        rgb = colour.to_rgb(frame, look, self.reformatter)
+        if self.crop is None:
+            return rgb
+        if rgb.shape[0] < self.crop.bottom or rgb.shape[1] < self.crop.right:
+            raise DecodeError(
+                f"{self.url}: a frame of {rgb.shape[1]}x{rgb.shape[0]} pixels is too small for the "
+                f"crop {self.crop} that others gave. Use crop=none."
+            )
+        return np.ascontiguousarray(self.crop.of(rgb))
+
+    def _waits(self, frame: VideoFrame) -> bool:
+        """Whether a frame is to be deinterlaced, for which its neighbours must be known."""
+        waits = bool(frame.interlaced_frame) and self.policy.interlaced == "deinterlace"
+        if waits and not self.lead_s:  # from now on, seek to at least a frame before a target
+            shown = float(frame.duration or 0) * self.tick
+            self.lead_s = max(shown, frame_interval(self.stream))
+        return waits
+
     def _worth_seeking(self, now: float, target: float) -> bool:
         """Whether fewer frames are decoded from the keyframe before `target` than from `now` on.
 
@@ -202,6 +250,7 @@ class _Decoder:
         """
         if not self.may_seek:
             return False
+        target -= self.lead_s
         entries = self.stream.index_entries
         found = entries.search_timestamp(math.floor(target / self.tick + 0.5))
         if found >= 0:
@@ -218,10 +267,10 @@ class _Decoder:
         Indexes count in decoding order and may be wrong, so the frame that a seek arrives at is
         looked at before it is believed; without a good one the file is decoded from its start.
         """
-        self.ahead = None
+        self.ahead = self.last = None
         for back in sorted({*_SEEK_BACK_S, self.gop_s}):
             try:
-                self._seek(target - back)
+                self._seek(target - self.lead_s - back)
             except av.error.FFmpegError:
                 break
             first, frames = self._from_keyframe(target)
@@ -249,11 +298,12 @@ class _Decoder:
             lambda p: p is not None and not p.is_keyframe, self._packets()
         )
         packet = next(packets, None)
-        if packet is None or self._shown(packet) > target + self.tick / 2:
+        if packet is None or self._shown(packet) > target - self.lead_s + self.tick / 2:
             return None, iter(())
         frames = self._decoded(itertools.chain((packet,), packets))
         first = next((f for f in frames if f[1].key_frame), None)
-        if first is None or first[0] > target + self.tick / 2 or not self.may_seek:
+        late = first is not None and first[0] > target - self.lead_s + self.tick / 2
+        if first is None or late or not self.may_seek:
             return None, frames
         return first, frames
 
@@ -278,8 +328,8 @@ class _Decoder:
             if packet is not None and packet.dts is not None and packet.pts is not None:
                 in_order = in_order and packet.dts <= packet.pts
                 past = packet.dts * self.tick > self.goal + self.tick / 2
-                self.drained = self.leave and shown and in_order and past
-            if self.may_dispose and packet is not None:
+                self.drained = self.leave and shown and in_order and past and not self.lead_s
+            if self.may_dispose and packet is not None and not self.lead_s:
                 self._dispose(packet, recent)
             try:
                 frames = self.stream.decode(None if self.drained else packet)
@@ -296,6 +346,7 @@ class _Decoder:
                     self.unstamped += 1
                     continue
                 pts_s = frame.pts * self.tick
+                self._waits(frame)
                 if frame.key_frame:
                     if pts_s > keyframe_s:
                         self._learn(pts_s - keyframe_s)

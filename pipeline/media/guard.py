@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.errors import (
     InternalError,
 )
 from pipeline.media import wire
-from pipeline.media.colour import Look
+from pipeline.media.colour import DEFAULT_POLICY, Look, Policy
 from pipeline.media.image import Background
 from pipeline.media.probe import Facts, Probe
 from pipeline.media.sample import Timeline
@@ -64,9 +64,19 @@ class Guard:
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
 
-    def probe(self, url: str, sample: str, max_pixels: int, timeout_s: float) -> Probe:
+    def probe(
+        self,
+        url: str,
+        sample: str,
+        max_pixels: int,
+        timeout_s: float,
+        policy: Policy = DEFAULT_POLICY,
+    ) -> Probe:
         """`probe.probe`, in the child."""
-        reply, _ = self._ask(timeout_s, op="probe", url=url, sample=sample, max_pixels=max_pixels)
+        reply, _ = self._ask(
+            timeout_s, op="probe", url=url, sample=sample, max_pixels=max_pixels,
+            policy=asdict(policy),
+        )  # fmt: skip
         found = reply["timeline"]
         for name in ("frame_times", "keyframe_times"):
             found[name] = tuple(found[name])
@@ -80,11 +90,13 @@ class Guard:
         max_pixels: int,
         max_bytes: int,
         timeout_s: float,
+        policy: Policy = DEFAULT_POLICY,
+        crop: str | None = None,
     ) -> Frames:
         """`decode.decode_at`, in the child."""
         reply, file = self._ask(
             timeout_s, op="decode_video", url=url, times=times, weights=weights,
-            max_pixels=max_pixels, max_bytes=max_bytes,
+            max_pixels=max_pixels, max_bytes=max_bytes, policy=asdict(policy), crop=crop,
         )  # fmt: skip
         look = Look(**reply["look"]) if reply["look"] else None
         heights, widths, pixels = self._frames(url, reply["sizes"], file)

@@ -1,4 +1,7 @@
-"""What a media item is, and when its frames are on screen: from headers and packets, undecoded."""
+"""What a media item is, and when its frames are on screen: from headers and packets.
+
+Nothing is decoded, unless black bars are to be looked for.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,9 +12,10 @@ from av.video.stream import VideoStream
 
 from pipeline import storage
 from pipeline.errors import NoFrames, NotMedia, TooLarge
-from pipeline.media import image
+from pipeline.media import decode, image, letterbox
+from pipeline.media.colour import DEFAULT_POLICY, RGB, Policy
 from pipeline.media.container import explain, frame_interval, looks_like_media, open_video
-from pipeline.media.sample import SampleSpec, Timeline
+from pipeline.media.sample import SampleSpec, Timeline, plan_samples
 
 Kind = Literal["video", "image"]
 
@@ -31,6 +35,7 @@ class Facts:
     bit_rate: int | None
     pix_fmt: str | None
     sample_aspect_ratio: str | None
+    crop: str | None
     n_video_streams: int
     field_order: str | None
 
@@ -43,6 +48,8 @@ class Probe:
     timeline: Timeline
 
 
+# Enough of them to see past dark scenes, few enough to cost about a second.
+_BAR_FRAMES = SampleSpec("uniform", 8)
 _FIELD_ORDERS = {1: "progressive", 2: "tt", 3: "bb", 4: "tb", 5: "bt"}  # AVFieldOrder
 
 
@@ -53,14 +60,14 @@ def kind_of(head: bytes) -> Kind | None:
     return "video" if looks_like_media(head) else None
 
 
-def probe(url: str, spec: SampleSpec, max_pixels: int) -> Probe:
+def probe(url: str, spec: SampleSpec, max_pixels: int, policy: Policy = DEFAULT_POLICY) -> Probe:
     """Read what planning needs to know of one item. Raises MediaError."""
     head = storage.read_head(url)
     if not head:
         raise NotMedia(f"{url}: the file is empty.")
     if kind_of(head) == "image":
         return _probe_image(url, max_pixels)
-    return _probe_video(url, spec, max_pixels)
+    return _probe_video(url, spec, max_pixels, policy)
 
 
 def _probe_image(url: str, max_pixels: int) -> Probe:
@@ -77,13 +84,14 @@ def _probe_image(url: str, max_pixels: int) -> Probe:
         bit_rate=None,
         pix_fmt=f"{found.mode.lower()}{found.bits if found.bits > 8 else ''}",
         sample_aspect_ratio=None,
+        crop=None,
         n_video_streams=0,
         field_order=None,
     )
     return Probe(facts, Timeline(0.0, 0.0, (0.0,), (0.0,)))
 
 
-def _probe_video(url: str, spec: SampleSpec, max_pixels: int) -> Probe:
+def _probe_video(url: str, spec: SampleSpec, max_pixels: int, policy: Policy) -> Probe:
     with open_video(url, max_pixels) as (container, stream):
         codec = stream.codec_context
         width, height = codec.width, codec.height
@@ -107,10 +115,29 @@ def _probe_video(url: str, spec: SampleSpec, max_pixels: int) -> Probe:
             bit_rate=stream.bit_rate or container.bit_rate or None,
             pix_fmt=codec.pix_fmt,
             sample_aspect_ratio=str(aspect) if aspect and aspect != 1 else None,
+            crop=_between_bars(url, timeline, max_pixels, policy),
             n_video_streams=len(container.streams.video),
             field_order=_FIELD_ORDERS.get(int(codec.field_order)),
         )
         return Probe(facts, timeline)
+
+
+def _between_bars(url: str, timeline: Timeline, max_pixels: int, policy: Policy) -> str | None:
+    """The picture between black bars, by frames all over the video; the only ones decoded here."""
+    if policy.crop == "none":
+        return None
+    shapes: set[tuple[int, int]] = set()
+    boxes: list[letterbox.Box | None] = []
+
+    def look(rgb: RGB) -> None:
+        shapes.add((rgb.shape[0], rgb.shape[1]))
+        boxes.append(letterbox.lit(letterbox.luma(rgb)))
+
+    samples = plan_samples(_BAR_FRAMES, timeline)
+    limits = decode.Limits(max_pixels, 3 * max_pixels * len(samples.times))
+    decode.decode_at(url, samples.times, samples.weights, limits, look, policy)
+    box = letterbox.picture(shapes.pop(), boxes) if len(shapes) == 1 else None
+    return str(box) if box else None
 
 
 def _plausible(fps: float | None, container: InputContainer, timeline: Timeline) -> float | None:
