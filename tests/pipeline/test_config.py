@@ -4,6 +4,8 @@ import pytest
 
 from pipeline.config import Config, load, reference
 from pipeline.errors import ConfigError
+from pipeline.plan import fingerprint
+from topiq_core.weights import resolve
 
 
 def test_flags_win_over_settings_and_settings_over_the_file(tmp_path):
@@ -23,6 +25,7 @@ def test_flags_win_over_settings_and_settings_over_the_file(tmp_path):
         ("sample=fps:0", "fps:0"),
         ("pooling=[mean,median]", "median"),
         ("alpha=grey", "alpha"),
+        ("hdr=clip", "hdr"),
         ("model", "KEY=VALUE"),
     ],
 )
@@ -37,6 +40,13 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text):
     file.write_text(text)
     with pytest.raises(ConfigError, match="broken.yaml"):
         load(file)
+
+
+@pytest.mark.parametrize("option", ["hdr=refuse", "interlaced=keep", "crop=auto", "alpha=white"])
+def test_an_option_that_changes_pixels_makes_scores_other_scores(option):
+    weights = resolve(Config().model)
+    assert fingerprint(load(settings=[option]), weights) != fingerprint(Config(), weights)
+    assert fingerprint(load(settings=["attempts=1"]), weights) == fingerprint(Config(), weights)
 
 
 def test_the_reference_page_is_made_from_the_options():

@@ -260,6 +260,19 @@ def test_other_sampling_replaces_scores_without_mixing(tmp_path, clips):
     assert (summary.frames_scored, row["n_frames"]) == (4, 4)
 
 
+def test_another_policy_is_scored_anew_and_on_record(tmp_path):
+    scene = np.pad(landscape(64, 96, seed=1), ((16, 16), (0, 0), (0, 0)))
+    path = encode(tmp_path / "film.mp4", [scene] * 25, options={"crf": "8"})
+    score_into(path, tmp_path / "out", sample="uniform:2")
+    (whole,) = rows(tmp_path / "out", "scores")
+    summary, _ = score_into(path, tmp_path / "out", sample="uniform:2", crop="auto")
+    (cut,) = rows(tmp_path / "out", "scores")
+    assert summary.frames_scored == 2
+    assert (whole["crop"], whole["height"]) == (None, 96)
+    assert (cut["crop"], cut["height"]) == ("96:64:0:16", 64)
+    assert cut["score"] != whole["score"]
+
+
 @pytest.fixture(scope="module")
 def all_frames(tmp_path_factory, clips):
     """Every frame of one clip, scored alone."""

@@ -143,9 +143,10 @@ def hdr_file(path, transfer, parameters=""):
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
         for name, value in (("colorspace", 9), ("color_primaries", 9), ("color_trc", transfer)):
             setattr(stream.codec_context, name, value)
-        frame = blank(64, 96, "yuv420p10le")
-        frame.pts = 0
-        container.mux(stream.encode(frame))
+        for index in range(5):  # x265 gives a lone frame no usable time
+            frame = blank(64, 96, "yuv420p10le")
+            frame.pts = index
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return str(path)
 

@@ -18,9 +18,17 @@ import psutil
 import pytest
 from PIL import Image
 
-from jobs.sample_media import landscape
-from pipeline.errors import DecodeCrash, DecodeError, DecodeMemory, DecodeTimeout, MediaError
+from jobs.sample_media import encode, landscape
+from pipeline.errors import (
+    DecodeCrash,
+    DecodeError,
+    DecodeMemory,
+    DecodeTimeout,
+    MediaError,
+    UnsupportedColour,
+)
 from pipeline.media import image
+from pipeline.media.colour import Policy
 from pipeline.media.decode import Limits, decode_at
 from pipeline.media.guard import Guard
 from pipeline.media.probe import probe
@@ -69,6 +77,21 @@ def test_frames_of_the_child_are_those_of_the_decoder_to_the_bit(guard, clips, n
     assert (found.look, found.missing, found.problem) == (plain.look, 0, None)
     for picture, shot in zip(pictures(found), plain.shots, strict=True):
         assert np.array_equal(picture, shot.rgb)
+
+
+def test_the_policy_and_the_crop_reach_the_child(guard, tmp_path):
+    scene = np.pad(landscape(64, 96), ((16, 16), (0, 0), (0, 0)))
+    path = str(encode(tmp_path / "film.mp4", [scene] * 25, options={"crf": "8"}))
+    found = guard.probe(path, "uniform:2", PIXELS, LONG_S, Policy(crop="auto"))
+    assert found == probe(path, SampleSpec("uniform", 2), PIXELS, Policy(crop="auto"))
+    assert found.facts.crop == "96:64:0:16"
+    cut = guard.decode_video(path, [0.5], [1.0], PIXELS, BYTES, LONG_S, crop=found.facts.crop)
+    assert (cut.heights, cut.widths) == ([64], [96])
+    hdr = str(encode(tmp_path / "hdr.mp4", [scene] * 2, tags={"color_trc": 18}))
+    assert guard.decode_video(hdr, [0.0], [1.0], PIXELS, BYTES, LONG_S).look.hdr == "hlg"
+    refuse = Policy(hdr="refuse")
+    with pytest.raises(UnsupportedColour, match=r"hdr\.mp4"):
+        guard.decode_video(hdr, [0.0], [1.0], PIXELS, BYTES, LONG_S, refuse)
 
 
 def test_an_image_of_the_child_is_that_of_the_decoder(guard, tmp_path):
