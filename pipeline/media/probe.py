@@ -1,5 +1,6 @@
 """What a media item is, and when its frames are on screen: from headers and packets, undecoded."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,13 @@ from av.video.stream import VideoStream
 from pipeline import storage
 from pipeline.errors import NoFrames, NotMedia, TooLarge
 from pipeline.media import image
-from pipeline.media.container import explain, frame_interval, looks_like_media, open_video
+from pipeline.media.container import (
+    explain,
+    frame_interval,
+    looks_like_media,
+    open_video,
+    read_ahead,
+)
 from pipeline.media.sample import SampleSpec, Timeline
 
 Kind = Literal["video", "image"]
@@ -164,6 +171,7 @@ def _scan(
     keys: set[float] = set()
     end = 0.0
     unstamped = frame_interval(stream)
+    read_ahead(container, math.inf)
     try:
         for packet in container.demux(stream):
             if packet.is_discard or packet.size == 0:
