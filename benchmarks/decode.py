@@ -28,7 +28,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from jobs.sample_media import encode, landscape
+from jobs.sample_media import encode, landscape, repeat
 from pipeline.media.decode import Limits, decode_at
 from pipeline.media.probe import probe
 from pipeline.media.sample import SampleSpec, plan_samples
@@ -89,19 +89,7 @@ def sixty_seconds(folder: Path) -> str:
     """The clip: four GOPs, really encoded, whose packets are repeated up to 60 s."""
     options = {"preset": "veryfast", "crf": "18"}
     short = encode(folder / "short.mp4", moving(4 * GOP), fps=FPS, gop=GOP, options=options)
-    path, total = folder / "clip.mp4", 60 * FPS
-    with av.open(str(short)) as source, av.open(str(path), "w") as target:
-        stream = source.streams.video[0]
-        copy = target.add_stream_from_template(stream)
-        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in source.demux(stream) if p.size]
-        for index in range(total):
-            data, pts, dts, is_keyframe = packets[index % len(packets)]
-            shift = index // len(packets) * int(stream.duration or 0)
-            packet = av.Packet(data)
-            packet.pts, packet.dts, packet.time_base = pts + shift, dts + shift, stream.time_base
-            packet.is_keyframe, packet.stream = is_keyframe, copy
-            target.mux(packet)
-    return str(path)
+    return str(repeat(short, folder / "clip.mp4", 60 * FPS))
 
 
 def machine() -> dict[str, object]:

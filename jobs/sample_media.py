@@ -93,6 +93,27 @@ def encode(
     return path
 
 
+def repeat(source: Path, path: Path, frames: int) -> Path:
+    """A video of so many frames from the packets of a shorter one, over and over: nothing encoded.
+
+    The first frame of `source` must be a keyframe that nothing reaches across (a closed GOP).
+    """
+    with av.open(str(source)) as given, av.open(str(path), "w") as made:
+        stream = given.streams.video[0]
+        copy = made.add_stream_from_template(stream)
+        packets = [p for p in given.demux(stream) if p.size]
+        for index in range(frames):
+            loops, number = divmod(index, len(packets))
+            old = packets[number]
+            packet = av.Packet(bytes(old))
+            shift = loops * int(stream.duration or 0)
+            packet.pts, packet.dts = (old.pts or 0) + shift, (old.dts or 0) + shift
+            packet.time_base, packet.stream = old.time_base, copy
+            packet.is_keyframe = old.is_keyframe
+            made.mux(packet)
+    return path
+
+
 def demo_catalog(folder: Path) -> None:
     """The demo's catalog: one scene in several codecs and qualities, photos, and a broken file."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,13 @@ from pipeline.errors import (
     Throttled,
 )
 
-# Up to this size a remote object is fetched in one request; above it, read in ranges.
+# The largest remote object that is fetched whole.
 WHOLE_FETCH_BYTES = 64 << 20
-READ_AHEAD_BYTES = 5 << 20
+# How many bytes come in the time that one more request takes (30 ms at 1 Gb/s and more).
+REQUEST_BYTES = 4 << 20
+# What is read ahead in a remote object: at first, for headers; and at least and most later on.
+HEADER_BYTES = 1 << 20
+READ_AHEAD_BYTES = (256 << 10, 8 << 20)
 
 
 @dataclass(frozen=True)
@@ -129,16 +133,24 @@ def read_head(url: str, count: int = 4096) -> bytes:
 
 
 @contextlib.contextmanager
-def open_media(url: str) -> Iterator[str | IO[bytes]]:
-    """Something a decoder can open: a local path, or a seekable file object. Raises MediaError."""
+def open_media(url: str, places: int | None = None) -> Iterator[str | IO[bytes]]:
+    """Something a decoder can open: a local path, or a seekable file object. Raises MediaError.
+
+    places: in how many places of the file something will be read, besides its header and its
+    index; None when all of it will be. A remote object is fetched whole when that takes no longer
+    than a request for each of them, and read in ranges otherwise.
+    """
+    most = WHOLE_FETCH_BYTES
+    if places is not None:
+        most = min(most, (places + 2) * REQUEST_BYTES)
     with _media_errors(url):
         fs, path = locate(url)
         if isinstance(fs, LocalFileSystem):
             source: str | IO[bytes] = _local(path)
-        elif fs.size(path) <= WHOLE_FETCH_BYTES:
+        elif fs.size(path) <= most:
             source = io.BytesIO(fs.cat_file(path))
         else:
-            source = fs.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+            source = fs.open(path, "rb", block_size=HEADER_BYTES, cache_type="readahead")
     try:
         yield source
     finally:
@@ -154,6 +166,14 @@ def _local(path: str) -> str | IO[bytes]:
         return Path(path).open("rb")
     with Path(path).open("rb"):  # absent and forbidden files fail here, with their own names
         return path
+
+
+def read_ahead(source: Any, count: float) -> None:
+    """Have what `open_media` gave fetch so many bytes at a time, if it is read in ranges."""
+    cache = getattr(source, "cache", None)
+    if cache is not None:
+        least, most = READ_AHEAD_BYTES
+        cache.blocksize = int(min(max(count, least), most))
 
 
 @contextlib.contextmanager

@@ -43,13 +43,16 @@ SAFE_OPTIONS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "f
 
 
 @contextlib.contextmanager
-def open_video(url: str, max_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(
+    url: str, max_pixels: int, places: int = 1
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a URL and yield its container and best video stream, ready to decode on one thread.
 
+    places: in how many places of it frames will be read; see `storage.open_media`.
     Decoding stays on the calling thread: FFmpeg's frame threads can deadlock in a process that
     has imported torch, and work units side by side use the cores better. Raises MediaError.
     """
-    with storage.open_media(url) as source, _open(url, source) as container:
+    with storage.open_media(url, places) as source, _open(url, source) as container:
         stream = _best_stream(url, container)
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(max_pixels)}
@@ -78,6 +81,11 @@ def _best_stream(url: str, container: InputContainer) -> VideoStream:
         raise UnsupportedCodec(f"{url}: FFmpeg has no decoder for its video codec.")
     best: Any = container.streams.best("video")
     return best if best in known else known[0]
+
+
+def read_ahead(container: InputContainer, count: float) -> None:
+    """Have a remote file that is read in ranges fetch so many bytes at a time."""
+    storage.read_ahead(getattr(container.file, "file", None), count)
 
 
 def frame_interval(stream: VideoStream) -> float:

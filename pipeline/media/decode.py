@@ -17,17 +17,22 @@ from av.video.stream import VideoStream
 from pipeline.errors import DecodeError, StorageError, TooLarge, UnsupportedColour
 from pipeline.media import colour
 from pipeline.media.colour import DEFAULT_POLICY, RGB, Look, Policy
-from pipeline.media.container import explain, frame_interval, open_video
+from pipeline.media.container import explain, frame_interval, open_video, read_ahead
 from pipeline.media.interlace import deinterlaced
 from pipeline.media.letterbox import Box
 
+# Formats that are sought in, and those among them whose index is real: in a transport stream,
+# FFmpeg notes places that it came by, and calls them all keyframes.
 _SEEKABLE = ("mov", "matroska", "mpegts", "avi")
+_INDEXED = ("mov", "matroska", "avi")
 # A seek has a price too, here in frames decoded: the decoder starts empty and has to fill again.
 _SEEK_FRAMES = 4
 # How far apart keyframes may be, as long as neither an index nor the frames themselves tell it,
 # and the least that is believed of the frames.
 _GOP_S = 5.0
 _SHORT_GOP_S = 1.0
+# Samples further apart than most GOPs are long lie in different places of a file.
+_APART_S = 2.0
 # Codecs in which a frame that says that none refers to it can be left out without a trace. (In
 # HEVC it is only said of frames of the same temporal layer.)
 _DISPOSES = ("h264",)
@@ -35,7 +40,7 @@ _PROGRESSIVE = 1  # AVFieldOrder; 0 is unknown
 # Frames that a stream may reorder (H.264, A.3.1): so far back, packets say what comes later.
 _REORDERED = 16
 # How far before a target to seek, in turn, until a keyframe before it is found.
-_SEEK_BACK_S = (0.0, 1.0, 5.0, 20.0)
+_SEEK_BACK_S = (1.0, 5.0, 20.0)
 # A last frame may be shown this much longer than the stream says; beyond it, material is missing.
 _TAIL_S = 0.5
 _NO_PIXELS: RGB = np.empty((0, 0, 3), np.uint8)
@@ -91,7 +96,7 @@ def decode_at(
     is decoded; shots then hold no pixels. crop: the part of the upright picture that is wanted, as
     `letterbox` writes it. Raises MediaError when nothing at all could be decoded.
     """
-    with open_video(url, limits.max_pixels) as (container, stream):
+    with open_video(url, limits.max_pixels, _places(times)) as (container, stream):
         decoder = _Decoder(url, container, stream, limits, take, policy, crop)
         return decoder.run(times, weights)
 
@@ -121,6 +126,7 @@ class _Decoder:
         self.out = Decoded()
         self.unstamped = 0
         self.may_seek = any(name in container.format.name for name in _SEEKABLE)
+        self.indexed = any(name in container.format.name for name in _INDEXED)
         # A frame that is deinterlaced needs its neighbours, those that none refers to as well.
         progressive = int(stream.codec_context.field_order) <= _PROGRESSIVE
         self.may_dispose = stream.codec_context.name in _DISPOSES and progressive
@@ -140,6 +146,8 @@ class _Decoder:
         seek = self._worth_seeking(self._first_s(), times[0])
         for index, (time, weight) in enumerate(zip(times, weights, strict=True)):
             self.goal = time
+            if seek or not index:
+                self._read_ahead(times[index:], seek)
             if seek:
                 frames = self._after_seek(time)
             following = times[index + 1 : index + 2]
@@ -212,6 +220,22 @@ class _Decoder:
             rgb = _NO_PIXELS
         shots.append(Shot(pts_s, weight, rgb))
 
+    def _read_ahead(self, times: Sequence[float], seek: bool) -> None:
+        """Have the file read ahead as far as the samples up to the next seek need it."""
+        if not self.container.size or not self.container.duration:
+            return
+        if seek and not self.indexed:  # FFmpeg looks for the place by halves, all over the file
+            read_ahead(self.container, 0)
+            return
+        stays = itertools.takewhile(
+            lambda p: not self._worth_seeking(*p), itertools.pairwise(times)
+        )
+        last = max((after for _, after in stays), default=times[0])
+        # Where the index ends before the samples, its last keyframe says nothing about theirs.
+        seconds = last - max(self._keyframe_before(times[0]), times[0] - self.gop_s)
+        rate = self.container.size * av.time_base / self.container.duration
+        read_ahead(self.container, seconds * rate)
+
     def _first_s(self) -> float:
         entries = self.stream.index_entries
         return entries[0].timestamp * self.tick if len(entries) else 0.0
@@ -251,15 +275,20 @@ class _Decoder:
         if not self.may_seek:
             return False
         target -= self.lead_s
-        entries = self.stream.index_entries
-        found = entries.search_timestamp(math.floor(target / self.tick + 0.5))
-        if found >= 0:
-            keyframe = entries[found].timestamp * self.tick
-            if keyframe - now > _SEEK_FRAMES * self.interval:
-                return True
+        keyframe_s = self._keyframe_before(target)
+        if keyframe_s - now > _SEEK_FRAMES * self.interval:
+            return True
+        if keyframe_s > -math.inf:
+            entries = self.stream.index_entries
             if entries[len(entries) - 1].timestamp * self.tick > target - self.gop_s:
                 return False  # the index reaches as far as the target and has no keyframe between
         return target - now > self.gop_s
+
+    def _keyframe_before(self, target: float) -> float:
+        """When the keyframe is that an index puts at or before `target`; minus infinity if none."""
+        entries = self.stream.index_entries
+        found = entries.search_timestamp(round(target / self.tick)) if self.indexed else -1
+        return entries[found].timestamp * self.tick if found >= 0 else -math.inf
 
     def _after_seek(self, target: float) -> Iterator[_Timed]:
         """Frames in presentation order, from a keyframe at or before `target` on.
@@ -268,7 +297,9 @@ class _Decoder:
         looked at before it is believed; without a good one the file is decoded from its start.
         """
         self.ahead = self.last = None
-        for back in sorted({*_SEEK_BACK_S, self.gop_s}):
+        # Without an index a seek arrives in the middle of a GOP: one GOP back is right.
+        least = 0.0 if self.indexed else self.longest_gop_s or _SHORT_GOP_S
+        for back in (least, *(b for b in _SEEK_BACK_S if b > least)):
             try:
                 self._seek(target - self.lead_s - back)
             except av.error.FFmpegError:
@@ -379,3 +410,8 @@ class _Decoder:
             yield None
         except OSError as error:  # the store, not the file: nothing to pass over
             raise StorageError(f"{self.url}: reading broke off ({error}).") from error
+
+
+def _places(times: Sequence[float]) -> int:
+    """In how many places of a file the samples lie."""
+    return 1 + sum(b - a > _APART_S for a, b in itertools.pairwise(times))

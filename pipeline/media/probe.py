@@ -3,6 +3,7 @@
 Nothing is decoded, unless black bars are to be looked for.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,13 @@ from pipeline import storage
 from pipeline.errors import NoFrames, NotMedia, TooLarge
 from pipeline.media import decode, image, letterbox
 from pipeline.media.colour import DEFAULT_POLICY, RGB, Policy
-from pipeline.media.container import explain, frame_interval, looks_like_media, open_video
+from pipeline.media.container import (
+    explain,
+    frame_interval,
+    looks_like_media,
+    open_video,
+    read_ahead,
+)
 from pipeline.media.sample import SampleSpec, Timeline, plan_samples
 
 Kind = Literal["video", "image"]
@@ -191,6 +198,7 @@ def _scan(
     keys: set[float] = set()
     end = 0.0
     unstamped = frame_interval(stream)
+    read_ahead(container, math.inf)
     try:
         for packet in container.demux(stream):
             if packet.is_discard or packet.size == 0:

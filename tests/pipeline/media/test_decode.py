@@ -188,16 +188,3 @@ def test_a_sample_far_into_a_long_file_is_the_exact_frame(tmp_path, name):
     assert [s.pts_s for s in sparse.shots] == pytest.approx(far)
     for shot in sparse.shots:
         assert np.array_equal(shot.rgb, whole[shot.pts_s])
-
-
-def test_real_clips_seek_exactly(data_dir):
-    """On every real clip, frames reached by seeking are those of plain decoding, to the bit."""
-    for path in sorted((data_dir / "clips").iterdir()):
-        spec = SampleSpec.parse("all")
-        times = plan_samples(spec, probe(str(path), spec, PIXELS).timeline).times[:120]
-        whole = decode_at(str(path), times, [1.0] * len(times), LIMITS)
-        for index in {len(whole.shots) // 2, len(whole.shots) - 1}:
-            shot = whole.shots[index]
-            alone = decode_at(str(path), [shot.pts_s], [1.0], LIMITS).shots[0]
-            assert alone.pts_s == shot.pts_s, path.name
-            assert np.array_equal(alone.rgb, shot.rgb), path.name
