@@ -41,7 +41,11 @@ class Config(BaseModel):
         default="auto",
         description="`auto` takes GPUs when the cluster has any; `cpu` or `cuda` insist.",
     )
-    precision: Literal["fp32"] = Field(default="fp32", description="Arithmetic of the network.")
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32",
+        description="Arithmetic of the network. `fp16` and `bf16` are for GPUs, and refused for a "
+        "model that would rank pictures otherwise than in fp32; prefer `fp16`: it errs less.",
+    )
     sample: str = Field(
         default="uniform:16",
         description="Moments of a video to score: `uniform:N` (N, evenly spread), `fps:R` (R a "

@@ -1,9 +1,9 @@
 """Scorer: uint8 frames in, scores out."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topiq_core import agreement
 from topiq_core import weights as weights_file
 from topiq_core.cards import DEFAULT_CARD, Card
 from topiq_core.cfanet import CFANet
 from topiq_core.errors import CardError, FrameError
-from topiq_core.inference import InferenceNet
+from topiq_core.inference import MAP_TYPES, InferenceNet, Precision
 
 Frames = npt.NDArray[np.uint8] | Tensor | Sequence[npt.NDArray[np.uint8]] | Sequence[Tensor]
 Scores = npt.NDArray[np.float32]
-Precision = Literal["fp32"]
 
-# One forward pass takes at most this many pixels on a GPU. On a CPU frames go one by one: larger
-# batches are not faster there, and a score then cannot depend on its neighbours even by rounding.
+# One forward pass takes at most this many pixels on a GPU, until it turns out to hold fewer: memory
+# and tokens both grow with them. On a CPU frames go one by one: larger batches are not faster
+# there, and a score then cannot depend on its neighbours even by rounding.
 GPU_BATCH_PIXELS = 16 * 1920 * 1080
 MIN_SIDE = 32
 
@@ -34,11 +35,19 @@ class Scorer:
     >>> scorer.score(frames)  # uint8 RGB [N,H,W,3] -> float32 [N], higher is better
     """
 
-    def __init__(self, net: CFANet, card: Card, device: torch.device, sha256: str = "") -> None:
-        self.net = InferenceNet(net).to(device)
+    def __init__(
+        self,
+        net: CFANet,
+        card: Card,
+        device: torch.device,
+        sha256: str = "",
+        precision: Precision = "fp32",
+    ) -> None:
+        self.net = InferenceNet(net, precision).to(device)
         self.card = card
         self.device = device
         self.sha256 = sha256
+        self.batch_pixels = GPU_BATCH_PIXELS
 
     @classmethod
     def load(
@@ -52,15 +61,25 @@ class Scorer:
         """Load a model by its card's name, or from a .safetensors file exported by training.
 
         weights: a local path or fsspec URL, for models that are not bundled. device: "auto"
-        (a CUDA GPU when there is one, else the CPU) or any torch device. verify: check the
-        sha256 of the weights. Raises CardError and WeightsError.
+        (a CUDA GPU when there is one, else the CPU) or any torch device. precision: "fp32", or on
+        a GPU "fp16" or "bf16"; a 16-bit model is compared with itself in fp32 on generated
+        pictures first, and refused when it would rank them otherwise. Whoever wants it all the
+        same builds a Scorer from its parts. verify: check the sha256 of the weights.
+        Raises CardError and WeightsError.
         """
-        if precision != "fp32":
-            raise CardError(f"precision '{precision}' is not available: use 'fp32'.")
-        found = weights_file.resolve(card, weights, verify)
+        if precision not in MAP_TYPES:
+            raise CardError(f"precision '{precision}' is not one of {', '.join(MAP_TYPES)}.")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(weights_file.load(found), found.card, torch.device(device), found.sha256)
+        place = torch.device(device)
+        if precision != "fp32" and place.type == "cpu":
+            raise CardError(f"precision '{precision}' is for GPUs: on a CPU fp32 is faster.")
+        found = weights_file.resolve(card, weights, verify)
+        scorer = cls(weights_file.load(found), found.card, place, found.sha256, precision)
+        if precision != "fp32":
+            exact = cls(weights_file.load(found), found.card, place)
+            agreement.require(precision, scorer.agreement_with(exact), found.card.name)
+        return scorer
 
     def score(self, frames: Frames) -> Scores:
         """No-reference scores.
@@ -80,52 +99,101 @@ class Scorer:
         distorted, reference: as for `score`, paired by position, each pair of one size.
         Returns float32 [N]. Raises FrameError and CardError.
         """
+        return self._run(self._pairs(_as_list(distorted), _as_list(reference)))
+
+    def score_renditions(
+        self, distorted: Frames, reference: npt.NDArray[np.uint8] | Tensor
+    ) -> Scores:
+        """Full-reference scores of many renditions of one frame, as `score_pairs` gives them.
+
+        distorted: as for `score`, each of the reference's size; reference: uint8 RGB [H,W,3]. What
+        the network sees in the reference is computed once, and held meanwhile: with ResNet-50 in
+        fp32 190 MB a megapixel. Returns float32 [N]. Raises FrameError and CardError.
+        """
+        renditions, original = _as_list(distorted), _as_list([reference])  # type: ignore[arg-type]
+        self._pairs(renditions, original * len(renditions))
+        with torch.inference_mode(), _full_fp32():
+            maps = list(self.net.levels(self._prepare(original)))
+        return self._run([(image,) for image in renditions], maps)
+
+    def _pairs(self, distorted: list[Tensor], reference: list[Tensor]) -> list[tuple[Tensor, ...]]:
         if self.card.architecture.mode != "fr":
             raise CardError(f"{self.card.name} takes no reference: use score().")
-        left, right = _as_list(distorted), _as_list(reference)
-        if len(left) != len(right):
-            raise FrameError(f"{len(left)} distorted frames, {len(right)} reference frames.")
-        for index, (d, r) in enumerate(zip(left, right, strict=True)):
+        if len(distorted) != len(reference):
+            raise FrameError(
+                f"{len(distorted)} distorted frames, {len(reference)} reference frames."
+            )
+        pairs: list[tuple[Tensor, ...]] = list(zip(distorted, reference, strict=True))
+        for index, (d, r) in enumerate(pairs):
             if d.shape != r.shape:
                 raise FrameError(
                     f"pair {index}: distorted is {d.shape[1]}x{d.shape[0]}, reference is "
                     f"{r.shape[1]}x{r.shape[0]}. Bring them to one size first."
                 )
-        return self._run(list(zip(left, right, strict=True)))
+        return pairs
 
-    def _run(self, items: list[tuple[Tensor, ...]]) -> Scores:
-        """Score items of one or two images each: same sizes together, results in order."""
+    def agreement_with(self, exact: "Scorer") -> float:
+        """SROCC of this model's scores with those of `exact`, over generated pictures."""
+        scenes, degraded = agreement.pictures()
+        if self.card.architecture.mode == "fr":
+            ours, theirs = (s.score_pairs(degraded, scenes) for s in (self, exact))
+        else:
+            ours, theirs = (s.score(degraded) for s in (self, exact))
+        return agreement.srocc(ours, theirs)
+
+    def _run(
+        self, items: list[tuple[Tensor, ...]], against: Sequence[Tensor] | None = None
+    ) -> Scores:
+        """Score items of one or two images each: same sizes together, results in order.
+
+        against: the maps of one reference for all. A GPU works on one batch while the next one is
+        put together: results are fetched one batch late.
+        """
         out = np.empty(len(items), dtype=np.float32)
         by_size: dict[tuple[int, int], list[int]] = {}
         for index, images in enumerate(items):
             h, w = images[0].shape[:2]
             by_size.setdefault((int(h), int(w)), []).append(index)
+        waiting: list[tuple[list[int], Tensor]] = []
         for (h, w), indices in by_size.items():
-            for batch in _batches(indices, self._batch_size(h, w)):
-                scores = _halving_on_oom(lambda part: self._forward(items, part), batch)
-                out[batch] = scores
+            while indices:
+                size = self._batch_size(h, w)
+                batch, indices = indices[:size], indices[size:]
+                parts = _halving_on_oom(lambda part: self._forward(items, part, against), batch)
+                if len(parts) > 1:
+                    self.batch_pixels = h * w * max(len(part) for part in parts)
+                waiting.append((batch, torch.cat(parts)))
+                if len(waiting) > 1:
+                    _fetch(waiting.pop(0), out)
+        for done in waiting:
+            _fetch(done, out)
         return out
 
     def _batch_size(self, h: int, w: int) -> int:
         if self.device.type == "cpu":
             return 1
-        return max(1, GPU_BATCH_PIXELS // (h * w))
+        return max(1, self.batch_pixels // (h * w))
 
     @torch.inference_mode()
-    def _forward(self, items: list[tuple[Tensor, ...]], indices: list[int]) -> Scores:
+    def _forward(
+        self,
+        items: list[tuple[Tensor, ...]],
+        indices: list[int],
+        against: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Scores [N] on the device, where they may still be in the making."""
         sides = len(items[indices[0]])
-        # TF32 would change fp32 scores in the third digit on recent GPUs.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            images = [
-                self._prepare(torch.stack([items[i][side] for i in indices]))
-                for side in range(sides)
-            ]
-            scores: Tensor = self.net(*images)
-        return scores.float().cpu().numpy()
+        with _full_fp32():
+            images = [self._prepare([items[i][side] for i in indices]) for side in range(sides)]
+            scores: Tensor = self.net(*images) if against is None else self.net(*images, against)
+        return scores.float()
 
-    def _prepare(self, frames: Tensor) -> Tensor:
-        """uint8 [N,H,W,3] -> uint8 [N,3,H,W] on the device; float in 0..1 if the card resizes."""
-        x = frames.to(self.device).permute(0, 3, 1, 2)
+    def _prepare(self, frames: list[Tensor]) -> Tensor:
+        """uint8 [H,W,3] each -> uint8 [N,3,H,W] on the device; if the card resizes, float 0..1."""
+        stacked = torch.stack(frames)
+        if self.device.type == "cuda" and stacked.device.type == "cpu":
+            stacked = stacked.pin_memory()  # so that the copy does not hold up the host
+        x = stacked.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         short_side = self.card.short_side
         if short_side is None:
             return x
@@ -133,6 +201,16 @@ class Scorer:
         return F.interpolate(
             x.float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False
         )
+
+
+def _full_fp32() -> AbstractContextManager[None]:
+    """TF32 would change fp32 scores in the third digit on recent GPUs."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def _fetch(done: tuple[list[int], Tensor], out: Scores) -> None:
+    batch, scores = done
+    out[batch] = scores.cpu().numpy()
 
 
 def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -167,19 +245,16 @@ def _from_numpy(index: int, frame: npt.NDArray[np.uint8]) -> Tensor:
             raise FrameError(f"frame {index}: uint8 [H,W,3] is needed ({error}).") from error
 
 
-def _batches(indices: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
+def _halving_on_oom(run: Callable[[list[int]], Tensor], batch: list[int]) -> list[Tensor]:
+    """Run a batch; when the GPU is out of memory, run its halves; one frame alone raises.
 
-
-def _halving_on_oom(run: Callable[[list[int]], Scores], batch: list[int]) -> Scores:
-    """Run a batch; when the GPU is out of memory, run its halves; one frame alone raises."""
+    Returns the scores of each part that was run, in order.
+    """
     try:
-        return run(batch)
+        return [run(batch)]
     except torch.cuda.OutOfMemoryError:
         if len(batch) == 1:
             raise
     torch.cuda.empty_cache()
     middle = len(batch) // 2
-    first = _halving_on_oom(run, batch[:middle])
-    return np.concatenate([first, _halving_on_oom(run, batch[middle:])])
+    return _halving_on_oom(run, batch[:middle]) + _halving_on_oom(run, batch[middle:])

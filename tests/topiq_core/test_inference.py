@@ -60,3 +60,39 @@ def test_a_batch_is_scored_as_its_images_are():
     with torch.inference_mode():
         alone = torch.cat([net(x[None]) for x in batch])
         assert net(batch).tolist() == pytest.approx(alone.tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["nr", "fr"])
+def test_a_sixteen_bit_network_scores_as_fp32_but_for_rounding(mode):
+    """Scores span several units here, and an untrained network amplifies what is rounded."""
+    net = plain(mode, "mobilenet_v2")
+    exact = InferenceNet(deepcopy(net))
+    errors = {"fp16": 0.0, "bf16": 0.0}
+    for precision in errors:
+        rounded = InferenceNet(deepcopy(net), precision)
+        for seed in range(2):
+            frame = picture(seed, 97, 64)
+            sides = [image(frame)] if mode == "nr" else [image(noisy(frame, seed)), image(frame)]
+            with torch.inference_mode():
+                error = abs(float(rounded(*sides) - exact(*sides)))
+            errors[precision] = max(errors[precision], error)
+    assert 0 < errors["fp16"] < 0.1
+    assert errors["fp16"] < errors["bf16"] < 0.5
+
+
+def test_one_reference_serves_a_batch_of_renditions():
+    net = InferenceNet(deepcopy(plain("fr", "mobilenet_v2")), strips=NARROWEST)
+    frame = picture(0, 200, 64)
+    renditions = torch.cat([image(noisy(frame, seed)) for seed in range(3)])
+    with torch.inference_mode():
+        expected = net(renditions, image(frame).expand(3, -1, -1, -1))
+        maps = list(net.levels(image(frame)))
+        assert net(renditions, maps).tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
+
+
+def test_position_embeddings_are_kept_for_few_grids_only():
+    net = InferenceNet(deepcopy(plain("nr", "mobilenet_v2")))
+    with torch.inference_mode():
+        for width in range(32, 32 * 20, 32):
+            net(torch.zeros(1, 3, 32, width, dtype=torch.uint8))
+    assert 1 < len(net._positions) <= 16

@@ -21,8 +21,8 @@ STACK = np.stack([picture(seed, 64, 48) for seed in range(4)])
 class InBatches(Scorer):
     """Takes several frames at once on a CPU too, as a GPU does."""
 
-    def _batch_size(self, *_):
-        return 5
+    def _batch_size(self, h, w):
+        return min(5, self.batch_pixels // (h * w))
 
 
 def small(mode="nr", short_side=None, kind=Scorer):
@@ -235,7 +235,7 @@ def out_of_memory_above(limit, sizes):
         sizes.append(len(part))
         if len(part) > limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return np.array([-item for item in part], dtype=np.float32)
+        return torch.tensor([-item for item in part], dtype=torch.float32)
 
     return run
 
@@ -245,7 +245,7 @@ def test_a_batch_too_large_for_memory_is_halved_until_it_fits_and_keeps_its_orde
     sizes = []
     batch = list(range(10, 10 + count))
     scores = _halving_on_oom(out_of_memory_above(2, sizes), batch)
-    assert scores.tolist() == [-item for item in batch]
+    assert torch.cat(scores).tolist() == [-item for item in batch]
     assert sizes[0] == count
     assert sum(size for size in sizes if size <= 2) == count
 
@@ -281,3 +281,49 @@ def test_a_network_out_of_memory_still_scores_every_frame_in_order(alone):
     scorer.net.register_forward_pre_hook(refuse_more_than_one)
     assert np.array_equal(scorer.score(FRAMES), alone)
     assert max(sizes) > 1
+
+
+def test_a_size_that_did_not_fit_in_memory_is_not_tried_again():
+    scorer = small(kind=InBatches)
+    sizes = []
+
+    def refuse_more_than_two(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    scorer.net.register_forward_pre_hook(refuse_more_than_two)
+    scorer.score([FRAMES[0]] * 9)
+    assert sizes == [5, 2, 3, 1, 2, 2, 2]
+
+
+def test_renditions_score_as_their_pairs_do(pair_scorer):
+    renditions = [noisy(FRAMES[0], seed) for seed in range(3)]
+    expected = pair_scorer.score_pairs(renditions, [FRAMES[0]] * 3)
+    assert len(set(expected.tolist())) == 3
+    assert np.array_equal(pair_scorer.score_renditions(renditions, FRAMES[0]), expected)
+    batched = small("fr", kind=InBatches).score_renditions(renditions, FRAMES[0])
+    assert np.abs(batched - expected).max() <= 2e-5
+
+
+def test_a_reference_is_looked_at_once_for_all_its_renditions(pair_scorer):
+    seen = []
+    hook = pair_scorer.net.stages[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    pair_scorer.score_renditions([FRAMES[0]] * 4, FRAMES[2])
+    hook.remove()
+    assert len(seen) == 5
+
+
+def test_renditions_of_another_size_are_refused_by_their_position(pair_scorer):
+    with pytest.raises(FrameError, match="pair 1: distorted is 80x48, reference is 64x64"):
+        pair_scorer.score_renditions([FRAMES[0], FRAMES[1]], FRAMES[0])
+
+
+def test_no_renditions_give_no_scores(pair_scorer):
+    assert pair_scorer.score_renditions([], FRAMES[0]).shape == (0,)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_for_gpus_is_refused_on_a_cpu(precision):
+    with pytest.raises(CardError, match="for GPUs"):
+        Scorer.load(device="cpu", precision=precision)
