@@ -65,8 +65,27 @@ def head():
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def submitted(address, environment, folder):
+    """`ray job submit`, as soon as the head takes jobs: its agent comes up after its dashboard."""
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            [
+                "ray", "job", "submit", "--address", address, "--working-dir", ".", "--",
+                "python", "-m", "jobs.score", str(folder / "catalog"),
+                "--output", str(folder / "out"),
+            ],
+            env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=180,
+            check=False,
+        )  # fmt: skip
+        text = done.stdout + done.stderr
+        if "No available agent" not in text or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
 def test_a_submitted_job_scores_and_resumes_on_a_cluster_of_two_cpus(head, tmp_path):
     """Twice: on the second run Ray Data's checkpoint filter books one of the two CPUs."""
     address, environment = head
@@ -75,15 +94,7 @@ def test_a_submitted_job_scores_and_resumes_on_a_cluster_of_two_cpus(head, tmp_p
     for index in range(2):
         picture = landscape(64, 96, seed=index)
         Image.fromarray(picture).save(tmp_path / "catalog" / f"{index}.png")
-        done = subprocess.run(
-            [
-                "ray", "job", "submit", "--address", address, "--working-dir", ".", "--",
-                "python", "-m", "jobs.score", str(tmp_path / "catalog"),
-                "--output", str(tmp_path / "out"),
-            ],
-            env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=180,
-            check=False,
-        )  # fmt: skip
+        done = submitted(address, environment, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         summaries.append(json.loads((tmp_path / "out/run.json").read_text())["summary"])
     assert [s["frames_scored"] for s in summaries] == [1, 1]
