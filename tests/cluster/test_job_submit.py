@@ -47,6 +47,7 @@ def head():
         [
             "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}",
             f"--dashboard-port={port}", f"--temp-dir={folder}/ray",
+            f"--dashboard-agent-listen-port={free_port()}",  # another Ray may have the usual one
             f"--object-store-memory={300 << 20}",
         ],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
