@@ -179,15 +179,16 @@ def estimate_offset(
 
     Doubt shows as low confidence: still or periodic pictures, and slow ones in heavy compression,
     look much the same under another offset. Confidence is 0 where nothing moves, where an offset
-    beyond those tried could be better, and where a third of the stretch, taken alone, is sure of another offset: then
-    there is no constant one, as after a change of speed or a cut.
+    beyond those tried could be better, and where a third of the stretch, taken alone, is sure of
+    another offset: then there is no constant one, as after a change of speed or a lost frame.
     """
     frame_s, reference_s = interval_s(distorted.pts_s), interval_s(reference.pts_s)
     step = min(frame_s, reference_s) / _TRIES_PER_FRAME
     if step <= 0:
         return _nothing(around_s)
     reach = int(max_offset_s / step)
-    offsets = around_s + step * np.arange(-reach, reach + 1)
+    # Between the times at which pairings of equal rates change, so that the middle comes out exact.
+    offsets = np.asarray(around_s + step * (np.arange(-reach, reach) + 0.5), np.float64)
     pairings = [match(distorted.pts_s, reference.pts_s, o, frame_s).reference for o in offsets]
     search = _Search(
         offsets,
