@@ -200,7 +200,7 @@ class Maker:
     def late(self, shift: int, start_s: float) -> Case:
         """The first frame is not at zero, as in a transport stream."""
         times = [start_s + number * self.frame_s for number in range(self.length)]
-        path = self.encoded(f"late {shift}", self.stretch(shift), _FAIR, times, codec="mpeg4")
+        path = self.encoded(f"late {shift}", self.stretch(shift), _FAIR, times)
         made = self.case("start time", f"{shift:+d} frames, starts at {start_s} s", path, shift)
         offset_s = shift * self.frame_s - start_s
         return Case(made.name, made.kind, path, made.reference, offset_s, made.tolerance_s)
