@@ -206,10 +206,10 @@ class Maker:
         return Case(made.name, made.kind, path, made.reference, offset_s, made.tolerance_s)
 
     def still(self) -> Case:
-        """Nothing moves, in neither."""
+        """Nothing moves in either, but for the pulse of keyframes at the same distance."""
         frames = [self.scene.frames[MARGIN]] * self.length
-        reference = self.encoded("still reference", frames, _GOOD, gop=12)
-        path = self.encoded("still", frames, _POOR, gop=12)
+        reference = self.encoded("still reference", frames, _FAIR, gop=12)
+        path = self.encoded("still", frames, _FAIR, gop=12)
         return Case(f"{self.scene.name}: still", "still", path, reference, None, 0.0)
 
     def periodic(self, period: int) -> Case:

@@ -100,4 +100,4 @@ def _luma(planes: Planes, device: str) -> torch.Tensor:
     counts as 1.
     """
     y = torch.from_numpy(planes.y.astype(np.float64)).to(device)
-    return (y[None, None] / (255 * 2 ** (planes.bits - 8))).clamp(max=1.0)
+    return torch.clamp(y[None, None] / (255 * 2 ** (planes.bits - 8)), max=1.0)

@@ -35,9 +35,11 @@ _LEAST_SHARE = 1 / 3
 _TRIES_PER_FRAME = 4
 # A share of unexplained change that says nothing: compression leaves more, at its best.
 _NEGLIGIBLE = 1e-3
+# Cells that are compared: with more of them, slow scenes in heavy compression drown in noise.
+_LIVELY_SHARE = 0.1
 # What changes less than this (RMS over cells and frames, in steps of 255) stands still; keyframes
 # of a still picture can be seen to pulse, but they follow the encoder, not the picture.
-_STILL = 0.5
+_STILL = 1.5
 # Times that should be equal differ by less: floating point, and clocks of a microsecond.
 _EQUAL_S = 2e-6
 
@@ -193,13 +195,13 @@ def estimate_offset(
     search = _Search(
         offsets,
         _distinct(pairings),
-        _levelled(distorted.features),
-        _levelled(reference.features),
+        *_liveliest(_levelled(distorted.features), _levelled(reference.features)),
         apart_s=max(frame_s, reference_s) - step / 2,
     )
     n = len(distorted.pts_s)
-    found = search.over(slice(0, n))
-    thirds = (search.over(slice(n * k // 3, n * (k + 1) // 3)) for k in range(3))
+    found = search.over(slice(0, n), _LEAST_SHARE * min(n, len(reference.pts_s)))
+    third = n // 3
+    thirds = (search.over(slice(k * third, (k + 1) * third), 0.75 * third) for k in range(3))
     drifts = any(t.trusted and abs(t.offset_s - found.offset_s) > search.apart_s for t in thirds)
     still = min(_change(search.distorted), _change(search.reference)) < _STILL
     return replace(found, confidence=0.0) if drifts or still else found
@@ -226,6 +228,12 @@ def _levelled(features: Feature) -> Floats:
     return np.asarray(rows - rows.mean(1, keepdims=True))
 
 
+def _liveliest(distorted: Floats, reference: Floats) -> tuple[Floats, Floats]:
+    """Both without the cells where the reference changes little: those hold noise, not evidence."""
+    cells = np.argsort(reference.var(0))[-round(_LIVELY_SHARE * reference.shape[1]) :]
+    return distorted[:, cells], reference[:, cells]
+
+
 def _change(rows: Floats) -> float:
     """How much the pictures change: RMS over cells and frames."""
     return float((rows - rows.mean(0)).std())
@@ -241,11 +249,14 @@ class _Search:
     reference: Floats
     apart_s: float
 
-    def over(self, part: slice) -> Estimate:
-        """The best offset for some of the distorted frames, and its most dangerous rival."""
+    def over(self, part: slice, least: float) -> Estimate:
+        """The best offset for some of the distorted frames, and its most dangerous rival.
+
+        Offsets under which fewer than `least` frames have a partner are not looked at.
+        """
         runs = [(first, last, pairing[part]) for first, last, pairing in self.runs]
         rows = self.distorted[part]
-        least = max(_LEAST_FRAMES, _LEAST_SHARE * min(len(rows), len(self.reference)))
+        least = max(_LEAST_FRAMES, least)
         left = np.array([self._unexplained(rows, p, p >= 0, least) for _, _, p in runs])
         if np.isnan(left).all():
             return _nothing(float(self.offsets.mean()))

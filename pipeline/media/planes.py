@@ -42,9 +42,8 @@ def planes_of(frame: "VideoFrame") -> Planes:
 
 def _plane(frame: "VideoFrame", index: int) -> Plane:
     component, plane = frame.format.components[index], frame.planes[index]
-    dtype = np.dtype(
-        "u1" if component.bits <= 8 else ">u2" if frame.format.is_big_endian else "<u2"
-    )
-    rows = np.frombuffer(plane, dtype).reshape(plane.height, plane.line_size // dtype.itemsize)
-    native = dtype.newbyteorder("=")
-    return np.ascontiguousarray(rows[:, : plane.width], native)
+    wide = ">u2" if frame.format.is_big_endian else "<u2"
+    dtype = np.dtype("u1" if component.bits <= 8 else wide)
+    samples = np.frombuffer(memoryview(plane), dtype)
+    rows = samples.reshape(plane.height, plane.line_size // dtype.itemsize)
+    return np.ascontiguousarray(rows[:, : plane.width], dtype.newbyteorder("="))
