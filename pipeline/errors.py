@@ -153,6 +153,18 @@ class OutOfMemory(MediaError):
     code = "out_of_memory"
 
 
+class Unpaired(MediaError):
+    """No reference, or no single one, belongs to the item by the rule given."""
+
+    code = "unpaired"
+
+
+class Misaligned(MediaError):
+    """Where the item lies in its reference cannot be told with confidence."""
+
+    code = "misaligned"
+
+
 class InternalError(MediaError):
     """A fault of ours: please report it with the message."""
 

@@ -1,0 +1,104 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError, Unpaired
+from pipeline.pairing import (
+    Ladder,
+    Pairing,
+    ladders,
+    pair_by_column,
+    pair_by_key,
+    path_key,
+    pattern_key,
+)
+
+names = st.text("abcXYZ019._- é", min_size=1, max_size=8).map(lambda s: f"n{s}n")
+paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+suffixes = st.sampled_from([".mp4", ".mkv", ".MOV"])
+
+
+@given(keys=st.sets(paths, min_size=1, max_size=20), data=st.data())
+def test_the_same_path_below_both_roots_pairs_in_any_order_and_with_gaps(keys, data):
+    kept = {key for key in keys if data.draw(st.booleans())}
+    references = [f"s3://m/ref/{key}{data.draw(suffixes)}" for key in kept]
+    distorted = [f"/out/{key}{data.draw(suffixes)}" for key in keys]
+    data.draw(st.randoms()).shuffle(references)
+    pairs = pair_by_key(distorted, references, path_key("/out"), path_key("s3://m/ref/"))
+    assert [p.distorted for p in pairs] == distorted
+    for pair, key in zip(pairs, keys, strict=True):
+        if key in kept:
+            assert pair.reference.rpartition(".")[0] == f"s3://m/ref/{key}"
+            assert pair.problem is None
+        else:
+            assert pair == Pairing(pair.distorted, None, f"no reference has its key '{key}'.")
+
+
+@given(titles=st.sets(st.integers(0, 999), min_size=1, max_size=15), seed=st.integers(0, 9))
+def test_a_pattern_gathers_the_renditions_of_a_title_into_one_ladder(titles, seed):
+    heights = (1080, 720, 360)
+    distorted = [f"/out/title{t}_{h}p.mp4" for t in titles for h in heights]
+    references = [f"/masters/title{t}_master.mov" for t in titles]
+    random.Random(seed).shuffle(distorted)
+    key = pattern_key(r"(?P<key>title\d+)_")
+    found = ladders(pair_by_key(distorted, references, key, key))
+    assert {ladder.reference for ladder in found} == set(references)
+    for ladder in found:
+        title = ladder.reference.removeprefix("/masters/").removesuffix("_master.mov")
+        assert sorted(ladder.renditions) == sorted(f"/out/{title}_{h}p.mp4" for h in heights)
+
+
+def test_two_references_with_one_key_leave_the_item_unpaired_and_are_named():
+    references = ["/ref/a.mov", "/ref/b.mov", "/ref/a.mp4"]
+    ambiguous, plain = pair_by_key(
+        ["/out/a.mkv", "/out/b.mkv"], references, path_key("/out"), path_key("/ref")
+    )
+    assert ambiguous.reference is None
+    assert ambiguous.problem == "2 references have its key 'a': /ref/a.mov, /ref/a.mp4."
+    assert plain == Pairing("/out/b.mkv", "/ref/b.mov")
+
+
+def test_a_reference_that_is_listed_twice_is_one():
+    twice = ["/ref/a.mov", "/ref/a.mov"]
+    (pair,) = pair_by_key(["/out/a.mkv"], twice, path_key("/out"), path_key("/ref"))
+    assert pair.reference == "/ref/a.mov"
+
+
+@pytest.mark.parametrize("uri", ["/elsewhere/a.mp4", "/outer/a.mp4", "/out", "/out/"])
+def test_what_does_not_lie_below_the_root_has_no_key(uri):
+    (pair,) = pair_by_key([uri], ["/ref/a.mov"], path_key("/out"), path_key("/ref"))
+    assert pair.reference is None
+    assert "no key" in pair.problem
+
+
+def test_only_the_last_suffix_is_left_out_of_a_key():
+    assert path_key("/out")("/out/show.s01.e02.mp4") == "show.s01.e02"
+    assert path_key("/out")("/out/v1.0/clip") == "v1.0/clip"
+
+
+def test_an_empty_key_pairs_with_nothing():
+    key = pattern_key(r"(?P<key>\d*)_")
+    (pair,) = pair_by_key(["/out/_a.mp4"], ["/ref/_b.mp4"], key, key)
+    assert pair.reference is None
+
+
+@pytest.mark.parametrize("pattern", ["(?P<key>", r"\d+", r"(?P<name>\d+)"])
+def test_a_pattern_without_a_group_named_key_is_refused(pattern):
+    with pytest.raises(ConfigError, match="pattern"):
+        pattern_key(pattern)
+
+
+def test_a_column_pairs_row_by_row_and_an_empty_cell_is_a_failure_of_that_row():
+    pairs = pair_by_column(["/a", "/b", "/c"], ["/r1", None, ""])
+    assert [p.reference for p in pairs] == ["/r1", None, None]
+    assert pairs[0].required() == "/r1"
+    for pair in pairs[1:]:
+        with pytest.raises(Unpaired, match=f"{pair.distorted}: .*reference_uri"):
+            pair.required()
+
+
+def test_a_ladder_keeps_the_order_of_first_appearance():
+    pairs = pair_by_column(["/b1", "/a1", "/x", "/b2"], ["/b", "/a", None, "/b"])
+    assert ladders(pairs) == [Ladder("/b", ("/b1", "/b2")), Ladder("/a", ("/a1",))]
