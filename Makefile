@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo test chaos lint docs lock clean
+.PHONY: help env demo test chaos bench lint docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -26,6 +26,14 @@ test: env lint  ## lint, types, and every test that protects a promise
 chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
 	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \
 	  tests/cluster/test_kills.py tests/pipeline/media/test_fuzz.py
+
+bench: env  ## every benchmark; results in benchmarks/results
+	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
+	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
+	$(BIN)/python benchmarks/guard.py
+	$(BIN)/python benchmarks/endtoend.py --json benchmarks/results/endtoend.json
+	$(BIN)/python benchmarks/growth.py --json benchmarks/results/growth.json
+	$(BIN)/python benchmarks/model.py --json benchmarks/results/model.json
 
 lint: env  ## ruff and mypy --strict
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
