@@ -101,4 +101,5 @@ class FusedConv(nn.Module):
             geometry = (self.padding, self.stride, [1, 1], self.groups)
             pack = torch._C._nn.mkldnn_reorder_conv2d_weight
             self._packed = pack(self.weight.to_mkldnn(), *geometry, list(x.shape))  # type: ignore[call-arg]
+            self.weight = self.weight.new_empty(0)  # not held twice
         return self._packed

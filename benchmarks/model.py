@@ -1,0 +1,346 @@
+"""How fast the network is, and how much memory it takes, against its plain form and pyiqa.
+
+    python benchmarks/model.py --sizes 512x384,1024x768 --rounds 5 --json results.json
+    python benchmarks/model.py --card topiq_fr --pyiqa /path/to/other/env/bin/python
+    python benchmarks/model.py --card topiq_fr --renditions 5
+    python benchmarks/model.py --device cuda --precisions fp32,fp16 --batches 1,16
+
+Every contender is a process of its own with the same weights (made from the names of parameters
+for cards that are not bundled), and they take turns: in each round everyone scores the same frames
+once. A ratio is the median over rounds of one contender's time by another's in the same round.
+Times are wall time and, on a CPU, processor time, which a busy machine disturbs less. Memory is the
+peak of all calls above what the loaded model held before the first. Needs topiq_core, torch,
+torchvision, numpy and safetensors only; pyiqa, if asked for, is run in the environment it is
+installed in.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile")
+
+
+# --- one contender's process -----------------------------------------------------------------
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer each line on stdin, the path of an .npz of frames, with one line of measurements."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries that print must not speak in between
+    torch.set_num_threads(options.threads)
+    score = contender(options)
+    for line in sys.stdin:
+        frames = np.load(line.strip())
+        print(json.dumps(measured(score, frames, options.device)), file=answers, flush=True)
+
+
+def measured(score: Score, frames: Any, device: str) -> dict[str, Any]:
+    """Score once. Times in ms, memory in MB."""
+    distorted, reference = frames["distorted"], frames["reference"]
+    before = reset_peak(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    scores = score(distorted, reference)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {
+        "ms": 1e3 * wall,
+        "cpu_ms": 1e3 * cpu,
+        "held_mb": before,
+        "peak_mb": peak_mb(device),
+        "scores": [float(s) for s in scores],
+    }
+
+
+def reset_peak(device: str) -> float:
+    """Forget the peak so far; returns what is held now."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mb(device)
+
+
+def peak_mb(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def contender(options: argparse.Namespace) -> Score:
+    name = options.serve
+    if name == "pyiqa":
+        return pyiqa(options)
+    return plain(options) if name == "plain" else ours(options, precision=name)
+
+
+def ours(options: argparse.Namespace, precision: Any) -> Score:
+    from topiq_core import weights
+    from topiq_core.scorer import Scorer
+
+    found = weights.resolve(options.card, options.weights, verify=False)
+    # Built from its parts: what is measured here is not up for refusal.
+    device = torch.device(options.device)
+    scorer = Scorer(weights.load(found), found.card, device, precision=precision)
+
+    def score(distorted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        if scorer.card.architecture.mode == "nr":
+            return scorer.score(distorted)
+        if options.renditions:
+            return scorer.score_renditions(distorted, reference[0])
+        return scorer.score_pairs(distorted, reference)
+
+    return score
+
+
+def plain(options: argparse.Namespace) -> Score:
+    from topiq_core import weights
+
+    found = weights.resolve(options.card, options.weights, verify=False)
+    net = weights.load(found).to(options.device)
+    return in_batches(net, options, full_reference=found.card.architecture.mode == "fr")
+
+
+def pyiqa(options: argparse.Namespace) -> Score:
+    import timm
+
+    create = timm.create_model
+    # It would fetch ImageNet weights first, and then replace them by those of the file.
+    timm.create_model = lambda *args, **kwargs: create(*args, **{**kwargs, "pretrained": False})
+    import pyiqa
+
+    metric = pyiqa.create_metric(
+        options.card, device=options.device, pretrained_model_path=options.weights
+    )
+    return in_batches(metric, options, full_reference="fr" in options.card)
+
+
+def in_batches(
+    net: Callable[..., torch.Tensor], options: argparse.Namespace, full_reference: bool
+) -> Score:
+    """As users call a module: floats in 0..1, no gradients, pairs and renditions one by one."""
+    together = 1 if options.renditions else options.batch
+
+    @torch.no_grad()
+    def score(distorted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        sides = (distorted, reference) if full_reference else (distorted,)
+        out = []
+        for start in range(0, len(distorted), together):
+            parts = (torch.from_numpy(side[start : start + together]) for side in sides)
+            tensors = [p.to(options.device).permute(0, 3, 1, 2).float() / 255 for p in parts]
+            out.append(net(*tensors).flatten().cpu().numpy())
+        return np.concatenate(out)
+
+    return score
+
+
+# --- the comparison ----------------------------------------------------------------------------
+
+
+class Contender:
+    """A process that scores when asked."""
+
+    def __init__(self, name: str, python: str, options: list[str], quiet: bool) -> None:
+        command = [python, __file__, "--serve", name, *options]
+        # Idle threads that spin would take time from the contender whose turn it is.
+        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if quiet else None,
+            text=True,
+            env=env,
+        )
+
+    def ask(self, frames: Path) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(frames, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(map(str, self.process.args))}\nended without an answer")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(options: argparse.Namespace, folder: Path, size: str, batch: int) -> dict[str, Any]:
+    """All contenders in turn on one size and batch."""
+    count = options.renditions or batch
+    frames = save_frames(folder / f"{size}x{count}.npz", size, count, bool(options.renditions))
+    passed = ["--card", options.card, "--device", options.device, "--batch", str(batch)]
+    passed += ["--threads", str(options.threads), "--renditions", str(options.renditions)]
+    if options.weights:
+        passed += ["--weights", options.weights]
+    pythons = {"plain": sys.executable} | dict.fromkeys(
+        options.precisions.split(","), sys.executable
+    )
+    if options.pyiqa:
+        pythons = {"pyiqa": options.pyiqa} | pythons
+    contenders = {
+        name: Contender(name, python, passed, quiet=name == "pyiqa")
+        for name, python in pythons.items()
+    }
+    try:
+        first = {name: c.ask(frames) for name, c in contenders.items()}
+        rounds = [{n: c.ask(frames) for n, c in contenders.items()} for _ in range(options.rounds)]
+    finally:
+        for c in contenders.values():
+            c.close()
+    base = next(iter(pythons))
+    return {
+        "card": options.card,
+        "size": size,
+        "batch": count,
+        "renditions": bool(options.renditions),
+        "base": base,
+        "contenders": {
+            name: summary(name, base, first, rounds, count) for name in pythons
+        },
+    }  # fmt: skip
+
+
+def summary(
+    name: str, base: str, first: dict[str, Any], rounds: list[dict[str, Any]], count: int
+) -> dict[str, Any]:
+    def ratio(key: str) -> float:
+        return statistics.median(r[base][key] / r[name][key] for r in rounds)
+
+    pairs = zip(first[name]["scores"], first[base]["scores"], strict=True)
+    return {
+        "ms_per_frame_median": statistics.median(r[name]["ms"] for r in rounds) / count,
+        "ms_per_frame_least": min(r[name]["ms"] for r in rounds) / count,
+        "cpu_ms_per_frame_least": min(r[name]["cpu_ms"] for r in rounds) / count,
+        "times_faster": ratio("ms"),
+        "times_faster_cpu": ratio("cpu_ms"),
+        "first_call_ms": first[name]["ms"],
+        "peak_mb": max(r[name]["peak_mb"] for r in [first, *rounds]) - first[name]["held_mb"],
+        "largest_difference": max(abs(a - b) for a, b in pairs),
+        "rounds_ms": [r[name]["ms"] for r in rounds],
+        "rounds_cpu_ms": [r[name]["cpu_ms"] for r in rounds],
+    }
+
+
+def save_frames(path: Path, size: str, count: int, one_reference: bool) -> Path:
+    from golden.parameters import noisy, picture
+
+    width, height = map(int, size.split("x"))
+    reference = [picture(0 if one_reference else i, height, width) for i in range(count)]
+    distorted = [noisy(frame, i) for i, frame in enumerate(reference)]
+    np.savez(path, distorted=np.stack(distorted), reference=np.stack(reference))
+    return path
+
+
+def made_weights(card: str, folder: Path) -> str | None:
+    """A checkpoint in the published layout for a card that is not bundled."""
+    from golden.parameters import fill
+
+    from topiq_core.cards import PUBLISHED
+    from topiq_core.cfanet import CFANet
+
+    if card not in PUBLISHED:
+        return None
+    path = folder / f"{card}.pth"
+    torch.save({"params": fill(CFANet(PUBLISHED[card].architecture)).state_dict()}, path)
+    return str(path)
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    cpu, flags = platform.processor(), ""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            cpu = value.strip()
+        if key.strip() == "flags":
+            flags = value
+    return {
+        "cpu": cpu,
+        "isa": [flag for flag in FLAGS if flag in flags.split()],
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average_before": os.getloadavg(),
+    }
+
+
+def as_rows(result: dict[str, Any]) -> Iterator[str]:
+    """Lines of a Markdown table."""
+    for name, r in result["contenders"].items():
+        yield (
+            f"| {result['card']} | {result['size']} | {result['batch']} | {name} "
+            f"| {r['ms_per_frame_median']:.0f} | {r['ms_per_frame_least']:.0f} "
+            f"| {r['cpu_ms_per_frame_least']:.0f} | {r['times_faster']:.2f} "
+            f"| {r['times_faster_cpu']:.2f} | {r['peak_mb']:.0f} | {r['first_call_ms']:.0f} "
+            f"| {r['largest_difference']:.1e} |"
+        )
+
+
+def main() -> None:
+    """Parse, compare, print, and keep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--card", default="topiq_nr")
+    parser.add_argument("--weights", help="a checkpoint; else bundled or made")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--sizes", default="512x384,1024x768")
+    parser.add_argument("--batches", default="1")
+    parser.add_argument("--precisions", default="fp32")
+    parser.add_argument("--renditions", type=int, default=0, help="of one reference, at once")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--pyiqa", help="python of an environment that has pyiqa")
+    parser.add_argument("--json", type=Path, help="where to keep all figures")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options)
+        return
+    columns = ["card", "size", "frames", "contender", "ms (median)", "ms (least)"]
+    columns += ["CPU ms (least)", "times faster", "by CPU time", "peak MB", "first call ms"]
+    columns += ["score differs by"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    report: dict[str, Any] = {"machine": machine(options), "results": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        options.weights = options.weights or made_weights(options.card, folder)
+        for size in options.sizes.split(","):
+            for batch in map(int, options.batches.split(",")):
+                result = compare(options, folder, size, batch)
+                report["results"].append(result)
+                print("\n".join(as_rows(result)), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
