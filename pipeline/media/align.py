@@ -20,11 +20,11 @@ Indexes = npt.NDArray[np.int64]
 
 # A feature is the luma of a frame, averaged over a grid of this many cells each way.
 GRID = 32
-# Correlation of the changes in two clips. Unrelated ones were seen to reach 0.15, and the hardest
-# compression to leave 0.9.
+# Correlation of the changes in two clips. Unrelated ones were seen to reach 0.46, and heavily
+# compressed ones to keep 0.9 (docs/full-reference.md).
 MIN_SIMILARITY = 0.7
-# An offset must leave a fifth less unexplained than any other that is a frame or more away. Wrong
-# ones were seen to reach 0.1, on clips that repeat.
+# An offset must leave a fifth less unexplained than any other that is a frame or more away. Offsets
+# that were a frame off, in a slow and heavily compressed scene, were seen to reach 0.135.
 MIN_CONFIDENCE = 0.2
 
 _BT709_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
@@ -200,11 +200,11 @@ def estimate_offset(
     )
     n = len(distorted.pts_s)
     found = search.over(slice(0, n), _LEAST_SHARE * min(n, len(reference.pts_s)))
-    third = n // 3
-    thirds = (search.over(slice(k * third, (k + 1) * third), 0.75 * third) for k in range(3))
-    drifts = any(t.trusted and abs(t.offset_s - found.offset_s) > search.apart_s for t in thirds)
     still = min(_change(search.distorted), _change(search.reference)) < _STILL
-    return replace(found, confidence=0.0) if drifts or still else found
+    paired = match(distorted.pts_s, reference.pts_s, found.offset_s, frame_s).reference >= 0
+    thirds = (slice(n * k // 3, n * (k + 1) // 3) for k in range(3))
+    doubtful = still or any(search.objects(third, paired[third], found) for third in thirds)
+    return replace(found, confidence=0.0) if doubtful else found
 
 
 def _nothing(offset_s: float) -> Estimate:
@@ -279,6 +279,17 @@ class _Search:
             confidence = 0.0
         n_frames = int((best >= 0).sum())
         return Estimate(offset_s, 1 - float(left[at]), max(0.0, confidence), rival_s, n_frames)
+
+    def objects(self, part: slice, paired: npt.NDArray[np.bool_], found: Estimate) -> bool:
+        """Whether some of the distorted frames, alone, are sure of another offset than that found.
+
+        They are heard only when most of them have a partner under the offset found as well.
+        """
+        most = max(_LEAST_FRAMES, 0.75 * len(paired))
+        if paired.sum() < most:
+            return False
+        own = self.over(part, most)
+        return own.trusted and abs(own.offset_s - found.offset_s) > self.apart_s
 
     def _unexplained(
         self, rows: Floats, pairing: Indexes, among: npt.NDArray[np.bool_], least: float
