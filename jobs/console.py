@@ -105,6 +105,13 @@ class Events:
             self._say(f"nothing new to score, {summary['seconds']:.0f} s")
         self._say(f"scores: {summary['output']}/scores/{summary['model']}.parquet")
 
+    def _evaluated(self, output: str, scatter: str | None, **found: Any) -> None:
+        left_out = f", {found['n_failed']} failed and left out" if found["n_failed"] else ""
+        self._say(f"{found['n_scored']} of {found['n_rated']} rated items compared{left_out}")
+        if scatter is None:
+            self._say("no scatter.png: it needs matplotlib (pip install 'topiq[evaluate]')")
+        self._say(f"report: {output}/evaluation.md")
+
 
 def flush() -> None:
     """Results before exit codes, also into a pipe."""

@@ -1,10 +1,11 @@
-"""Agreement of scores with human ratings: SROCC, PLCC, KROCC and RMSE.
+"""Agreement of scores with human ratings: SROCC, PLCC, KROCC and RMSE, with bootstrap intervals.
 
 PLCC and RMSE are taken after the monotone four-parameter logistic fit that the field uses
 (VQEG, "Final report on the validation of objective models of video quality assessment", 2000).
 """
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,28 +31,91 @@ def logistic(x: Array, top: float, bottom: float, middle: float, width: float) -
     return out
 
 
-def fit_logistic(scores: Array, ratings: Array) -> Array:
-    """The scores on the scale of the ratings, by the least-squares logistic.
+@dataclass(frozen=True)
+class Curve:
+    """Scores to the scale of the ratings: the four parameters of `logistic`, or a straight line.
 
-    Falls back to the straight line when the curve does not converge.
+    A line is two parameters, slope and offset.
     """
-    start = [ratings.max(), ratings.min(), float(np.median(scores)), float(scores.std()) or 1.0]
+
+    parameters: tuple[float, ...]
+
+    def __call__(self, scores: Array) -> Array:
+        """Where scores [N] lie on the scale of the ratings: [N]."""
+        if len(self.parameters) == 4:
+            return logistic(scores, *self.parameters)
+        slope, offset = self.parameters
+        return slope * scores + offset
+
+
+def fit_curve(scores: Array, ratings: Array, start: Curve | None = None) -> Curve:
+    """The least-squares logistic, or the line when it does not converge. start: a good guess."""
+    first: tuple[float, ...] = (
+        start.parameters
+        if start is not None and len(start.parameters) == 4
+        else (ratings.max(), ratings.min(), float(np.median(scores)), float(scores.std()) or 1.0)
+    )
     try:
-        found, _ = optimize.curve_fit(logistic, scores, ratings, p0=start, maxfev=20_000)
-        return logistic(scores, *found)
+        with warnings.catch_warnings():
+            # Of the parameters' own uncertainty, which nobody asks for.
+            warnings.simplefilter("ignore", optimize.OptimizeWarning)
+            found, _ = optimize.curve_fit(logistic, scores, ratings, p0=first, maxfev=20_000)
     except RuntimeError:
-        slope, offset = np.polyfit(scores, ratings, 1)
-        line: Array = slope * scores + offset
-        return line
+        found = np.polyfit(scores, ratings, 1)
+    return Curve(tuple(float(value) for value in found))
 
 
 def agreement(scores: npt.ArrayLike, ratings: npt.ArrayLike) -> Agreement:
     """Compare scores [N] with ratings [N], N >= 5. Raises ValueError on other shapes."""
+    x, y = _paired(scores, ratings)
+    return _agreement(x, y, fit_curve(x, y))
+
+
+def bounds(
+    scores: npt.ArrayLike,
+    ratings: npt.ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Agreement, Agreement]:
+    """Lower and upper ends of the confidence intervals of `agreement`. Raises ValueError.
+
+    The percentile bootstrap over items, with the curve fitted anew in every resample. NaN where a
+    resample leaves a correlation undefined.
+    """
+    x, y = _paired(scores, ratings)
+    start = fit_curve(x, y)
+
+    def measures(x: Array, y: Array) -> Array:
+        return np.array(astuple(_agreement(x, y, fit_curve(x, y, start))))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        found = stats.bootstrap(
+            (x, y),
+            measures,
+            paired=True,
+            vectorized=False,
+            n_resamples=resamples,
+            batch=1,  # a resample at a time: all of them at once are gigabytes for large sets
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.Generator(np.random.PCG64(seed)),
+        ).confidence_interval
+    low, high = (np.asarray(end, dtype=np.float64).tolist() for end in (found.low, found.high))
+    return Agreement(*low), Agreement(*high)
+
+
+def _paired(scores: npt.ArrayLike, ratings: npt.ArrayLike) -> tuple[Array, Array]:
     x = np.asarray(scores, dtype=np.float64)
     y = np.asarray(ratings, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 5:
         raise ValueError(f"scores {x.shape} and ratings {y.shape}: two lists of 5 or more needed")
-    fitted = fit_logistic(x, y)
+    return x, y
+
+
+def _agreement(x: Array, y: Array, curve: Curve) -> Agreement:
+    fitted = curve(x)
     return Agreement(
         srocc=float(stats.spearmanr(x, y).statistic),
         krocc=float(stats.kendalltau(x, y).statistic),
