@@ -49,20 +49,26 @@ class Curve:
 
 
 def fit_curve(scores: Array, ratings: Array, start: Curve | None = None) -> Curve:
-    """The least-squares logistic, or the line when it does not converge. start: a good guess."""
-    first: tuple[float, ...] = (
-        start.parameters
-        if start is not None and len(start.parameters) == 4
-        else (ratings.max(), ratings.min(), float(np.median(scores)), float(scores.std()) or 1.0)
-    )
-    try:
-        with warnings.catch_warnings():
-            # Of the parameters' own uncertainty, which nobody asks for.
-            warnings.simplefilter("ignore", optimize.OptimizeWarning)
-            found, _ = optimize.curve_fit(logistic, scores, ratings, p0=first, maxfev=20_000)
-    except RuntimeError:
-        found = np.polyfit(scores, ratings, 1)
-    return Curve(tuple(float(value) for value in found))
+    """The least-squares logistic, or the line where that does better or nothing is found.
+
+    start: the curve of much the same data, which saves most of the search.
+    """
+    if start is not None and len(start.parameters) == 4:
+        first, evaluations = start.parameters, 100
+    else:
+        middle, width = float(np.median(scores)), float(scores.std()) or 1.0
+        first, evaluations = (float(ratings.max()), float(ratings.min()), middle, width), 20_000
+
+    def errors(parameters: Array) -> Array:
+        return logistic(scores, *parameters) - ratings
+
+    # The best so far when evaluations run out: for so few points that do not fix the curve.
+    found = optimize.leastsq(errors, first, maxfev=evaluations, full_output=True)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", np.exceptions.RankWarning)  # of scores that are all one
+        line = np.polyfit(scores, ratings, 1)
+    curves = [Curve(tuple(parameters.tolist())) for parameters in (found, line)]
+    return min(curves, key=lambda curve: float(np.square(curve(scores) - ratings).sum()))
 
 
 def agreement(scores: npt.ArrayLike, ratings: npt.ArrayLike) -> Agreement:
@@ -91,6 +97,7 @@ def bounds(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
             (x, y),
             measures,

@@ -1,4 +1,4 @@
-"""Readers of published data sets, each on a folder laid out as the set is, with invented ratings."""
+"""Readers of published data sets, each on a folder laid out as the set is; ratings are invented."""
 
 import csv
 import sys

@@ -1,9 +1,12 @@
 """Agreement of scores with ratings, on data whose answer is known."""
 
+import warnings
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 
-from topiq_core.metrics import agreement, logistic
+from topiq_core.metrics import agreement, bounds, fit_curve, logistic
 
 SCORES = np.linspace(-2, 3, 41)
 
@@ -92,3 +95,89 @@ def test_rank_agreement_does_not_depend_on_a_monotone_change_of_the_scores():
 def test_anything_but_two_lists_of_five_or_more_is_refused(scores, ratings):
     with pytest.raises(ValueError, match="5 or more"):
         agreement(scores, ratings)
+
+
+def noisy(n, seed=0):
+    """Scores, and ratings that follow them with scatter."""
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=n)
+    return scores, 3 + np.tanh(scores) + rng.normal(scale=0.5, size=n)
+
+
+def test_the_fitted_curve_gives_the_ratings_of_a_logistic_relation():
+    ratings = 10 + 80 / (1 + np.exp(-(SCORES - 0.4) / 0.3))
+    curve = fit_curve(SCORES, ratings)
+    assert curve(SCORES) == pytest.approx(ratings, abs=0.01)
+    assert len(curve.parameters) == 4
+
+
+def test_the_curve_is_never_further_from_the_ratings_than_a_straight_line():
+    for seed in range(20):
+        scores, ratings = noisy(12, seed)
+        line = np.polyval(np.polyfit(scores, ratings, 1), scores)
+        error = np.square(fit_curve(scores, ratings)(scores) - ratings).sum()
+        assert error <= np.square(line - ratings).sum()
+
+
+def test_a_good_guess_leads_to_the_same_curve():
+    scores, ratings = noisy(200)
+    found = fit_curve(scores, ratings)
+    again = fit_curve(scores, ratings, start=found)
+    assert again(scores) == pytest.approx(found(scores), abs=1e-4)
+
+
+def test_every_interval_covers_its_estimate():
+    scores, ratings = noisy(60)
+    low, high = bounds(scores, ratings, resamples=200)
+    for below, value, above in zip(
+        astuple(low), astuple(agreement(scores, ratings)), astuple(high), strict=True
+    ):
+        assert below < value < above
+
+
+def test_intervals_are_a_function_of_the_seed():
+    scores, ratings = noisy(40)
+    first = bounds(scores, ratings, resamples=50, seed=1)
+    assert first == bounds(scores, ratings, resamples=50, seed=1)
+    assert first != bounds(scores, ratings, resamples=50, seed=2)
+
+
+def test_intervals_narrow_with_the_number_of_items_as_its_root():
+    widths = []
+    for n in (50, 800):
+        low, high = bounds(*noisy(n), resamples=200)
+        widths.append(np.subtract(astuple(high), astuple(low)))
+    assert np.all(widths[0] / widths[1] == pytest.approx(4, rel=0.5))
+
+
+def test_intervals_widen_with_the_confidence():
+    scores, ratings = noisy(60)
+    narrow, wide = (bounds(scores, ratings, c, resamples=200) for c in (0.5, 0.95))
+    assert wide[0].srocc < narrow[0].srocc < narrow[1].srocc < wide[1].srocc
+
+
+@pytest.mark.slow
+def test_an_interval_misses_the_truth_about_as_often_as_it_says():
+    """SROCC of a bivariate normal of correlation r is 6 / pi * asin(r / 2)."""
+    r, n, tries = 0.7, 60, 30
+    rng = np.random.default_rng(7)
+    truth = 6 / np.pi * np.arcsin(r / 2)
+    missed = 0
+    for _ in range(tries):
+        x, y = rng.multivariate_normal([0, 0], [[1, r], [r, 1]], size=n).T
+        low, high = bounds(x, y, confidence=0.8, resamples=40)
+        missed += not low.srocc <= truth <= high.srocc
+    assert 0.05 <= missed / tries <= 0.4
+
+
+def test_where_a_resample_has_no_correlation_the_interval_is_nan_and_nothing_is_said():
+    scores, ratings = [0.1, 0.1, 0.1, 0.1, 0.9], [1, 2, 3, 2, 5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        low, high = bounds(scores, ratings, resamples=50)
+    assert np.isnan([low.srocc, high.srocc]).all()
+
+
+def test_bounds_refuse_what_agreement_refuses():
+    with pytest.raises(ValueError, match="5 or more"):
+        bounds([1, 2, 3], [1, 2, 3])
