@@ -99,11 +99,6 @@ def test_the_numbers_are_those_of_the_scores_in_the_run_and_the_ratings(evaluate
         assert overall[measure]["low"] <= overall[measure]["value"] <= overall[measure]["high"]
 
 
-def test_blur_and_noise_are_ranked_as_they_were_made(report):
-    assert report["by_type"]["blur"]["srocc"]["value"] > 0.8
-    assert report["overall"]["srocc"]["value"] > 0.5
-
-
 def test_each_type_has_its_own_numbers_from_its_own_items(report):
     assert {name: group["n"] for name, group in report["by_type"].items()} == {
         "blur": 6,
@@ -139,8 +134,9 @@ def test_json_is_one_object_per_event_and_the_last_one_has_the_measures(evaluate
         assert f"`{name}`" in documented or f"## {name}" in documented, name
 
 
-def test_a_split_of_the_same_ratings_scores_nothing_again(evaluated, rated, tmp_path, report):
+def test_a_split_of_the_same_ratings_scores_nothing_again(evaluated, rated, report):
     out, _ = evaluated
+    assert report["split"] is None
     done = topiq(
         "evaluate", rated / "ratings.csv", "-o", out, "--split", "split=test", "--resamples", 0
     )
@@ -225,5 +221,5 @@ def test_the_scatter_plot_is_a_picture_of_the_points_and_the_curve(tmp_path):
 
 
 def test_matplotlib_is_found_or_missed_without_importing_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert not scatter.available()
