@@ -181,6 +181,11 @@ def markdown(evaluation: Evaluation) -> str:
     e = evaluation
     chosen = f", {e.split}" if e.split else ""
     scale = f" on a scale of {e.mos_range[0]:g} to {e.mos_range[1]:g}" if e.mos_range else ""
+    brackets = (
+        f"In brackets: {e.confidence:.0%} intervals, {e.resamples} bootstrap resamples. "
+        if e.resamples
+        else ""
+    )
     turned = "; published as differences, turned round" if e.inverted else ""
     lines = [
         f"# {e.model} on {e.layout or e.ratings}{chosen}",
@@ -190,8 +195,8 @@ def markdown(evaluation: Evaluation) -> str:
         "",
         f"Weights {e.weights_sha256}. Ratings from {e.ratings}. Run {e.run_id}.",
         "",
-        f"In brackets: {e.confidence:.0%} intervals, {e.resamples} bootstrap resamples. PLCC and "
-        "RMSE are taken after the four-parameter logistic fit; RMSE is in the unit of the ratings.",
+        f"{brackets}PLCC and RMSE are taken after the four-parameter logistic fit; RMSE is in the "
+        "unit of the ratings.",
         "",
         *table(e),
     ]

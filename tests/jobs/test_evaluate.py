@@ -202,6 +202,11 @@ def test_names_and_messages_cannot_break_the_tables_of_the_report():
     assert "| a\\|b.png | `decode_error` | two lines |" in text
 
 
+def test_intervals_are_mentioned_only_where_there_are_any():
+    assert "95% intervals, 1000 bootstrap" in evaluation.markdown(example())
+    assert "intervals" not in evaluation.markdown(example(resamples=0))
+
+
 def test_a_measure_that_is_not_defined_is_said_to_be_and_no_number():
     text = evaluation.markdown(example(overall=Group(3, *[Measure(None)] * 4)))
     assert "| all | 3 | undefined | undefined | undefined | undefined |" in text
