@@ -16,7 +16,19 @@ from typing import Any
 import av
 import ray
 
-from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas, score, stages
+from pipeline import (
+    aggregate,
+    catalog,
+    cluster,
+    commits,
+    lease,
+    plan,
+    schemas,
+    score,
+    score_pairs,
+    stages,
+    storage,
+)
 from pipeline.config import Config
 from pipeline.errors import BY_CODE, ConfigError, OutputError, ScorersDied, TooManyFailures
 from pipeline.monitor import Monitor
@@ -175,13 +187,13 @@ def _last_record(output: Output) -> dict[str, Any]:
 def _open(source: str, out: str, config: Config, event: Event) -> _Run:
     """Everything that can go wrong before Ray is needed goes wrong here."""
     config = _with_absolute_paths(config)
-    found = catalog.read(source)
     weights = weights_file.resolve(config.model, config.weights, config.verify_weights)
-    if weights.card.architecture.mode != "nr":
-        raise ConfigError(
-            f"{weights.card.name} compares with a reference; `topiq score` takes no-reference "
-            "models. Pairs are scored in Python: Scorer.score_pairs()."
-        )
+    if weights.card.architecture.mode == "fr":
+        found = catalog.read_pairs(source, config.references)
+    elif config.references.given:
+        raise ConfigError(f"{weights.card.name} takes no reference: choose a model that compares.")
+    else:
+        found = catalog.read(source)
     output = Output(out)
     output.create()
     _refuse_foreign(output)
@@ -221,9 +233,12 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
 def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> None:
     """Score all that is open. Goes on after a loss of scorers, as long as anything got done."""
     plan_path = run.output.inside(*plan.table_path(run.model))
+    compares = run.weights.card.architecture.mode == "fr"
+    graph = score_pairs.LADDERS if compares else score.UNITS
     while True:
         try:
             return score.run(
+                graph,
                 plan_path,
                 to_do,
                 _addresses(run.found),
@@ -245,12 +260,15 @@ def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> 
 def _addresses(found: catalog.Catalog) -> dict[str, str]:
     """By item_id, the addresses that are more than the URI in the tables, as with credentials.
 
-    They are handed to the workers in memory and written nowhere.
+    Those of references by the item_id of their URI. They are handed to the workers in memory and
+    written nowhere.
     """
-    uris = found.table["uri"].to_pylist()
-    addresses = map(catalog.from_bytes, found.table["address"].to_pylist())
-    pairs = zip(uris, addresses, strict=True)
-    return {plan.item_id(uri): address for uri, address in pairs if uri != address}
+    columns = {name: found.table[name].to_pylist() for name in catalog.COLUMNS.names[:5]}
+    items = zip(columns["item_id"], columns["uri"], columns["address"], strict=True)
+    references = zip(columns["reference_uri"], columns["reference_address"], strict=True)
+    named = [*items, *((catalog.item_id(uri), uri, place) for uri, place in references if uri)]
+    read = ((name, uri, catalog.from_bytes(place)) for name, uri, place in named)
+    return {name: place for name, uri, place in read if uri != place}
 
 
 @contextmanager
@@ -299,6 +317,9 @@ def _with_absolute_paths(config: Config) -> Config:
         changes["model"] = str(Path(config.model).absolute())
     if config.weights and "://" not in config.weights:
         changes["weights"] = str(Path(config.weights).expanduser().absolute())
+    for name in ("reference", "reference_root"):
+        if value := getattr(config, name):
+            changes[name] = storage.absolute(value)
     return config.model_copy(update=changes)
 
 
