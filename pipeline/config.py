@@ -31,12 +31,14 @@ class Config(BaseModel):
     model: str = Field(
         default="cfanet_lite_nr",
         description="Card to score with, or a .safetensors file exported by `topiq train`. "
-        "`cfanet_lite_nr` is bundled; published cards are fetched on first use.",
+        "`cfanet_lite_nr` is bundled; published cards are fetched on first use. Several, with "
+        "commas between them, score the same frames, which are decoded once.",
     )
     weights: str | None = Field(
         default=None,
         description="Path or URL of the weights, for cards that are not bundled. On a cluster, "
-        "a place that every node can read.",
+        "a place that every node can read. For several models as many, in their order; nothing "
+        "between two commas where a model needs none.",
     )
     verify_weights: bool = Field(
         default=True,
@@ -238,6 +240,20 @@ class Config(BaseModel):
         if unknown:
             raise ConfigError(f"unknown measure '{unknown[0]}': use {', '.join(MEASURES)}")
         return names
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        """The models and the places of their weights. Raises ConfigError where these differ."""
+        names = [name.strip() for name in self.model.split(",")]
+        places = [place.strip() or None for place in (self.weights or "").split(",")]
+        if self.weights is None:
+            places = [None] * len(names)
+        if not all(names) or len(set(names)) != len(names) or len(places) != len(names):
+            raise ConfigError(
+                f"model '{self.model}': give different names, with commas between them, and as "
+                f"many weights or none (there are {len(places)} for {len(names)})."
+            )
+        return list(zip(names, places, strict=True))
 
     @property
     def references(self) -> References:

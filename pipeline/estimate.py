@@ -6,10 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.plan import PlanCounts
+
+if TYPE_CHECKING:
+    from topiq_core.scorer import Scorer, Scores
 
 _TRIAL_HEIGHT, _TRIAL_WIDTH = 720, 1280
 _TRIAL_S = 3.0
@@ -25,13 +29,19 @@ class Speed:
 
 def measured_speed(config: Config) -> Speed:
     """Score synthetic 720p frames on this machine for a few seconds."""
+    from topiq_core.scorer import Scorer
+
+    speeds = [
+        _speed_of(Scorer.load(name, place, config.device, config.precision, config.verify_weights))
+        for name, place in config.models
+    ]
+    per_pixel = sum(1 / speed.pixels_per_s for speed in speeds)
+    return Speed(1 / per_pixel, speeds[0].source)
+
+
+def _speed_of(scorer: "Scorer") -> Speed:
     import numpy as np
 
-    from topiq_core.scorer import Scorer, Scores
-
-    scorer = Scorer.load(
-        config.model, config.weights, config.device, config.precision, config.verify_weights
-    )
     shape = (4, _TRIAL_HEIGHT, _TRIAL_WIDTH, 3)
     frames = np.random.Generator(np.random.PCG64(0)).integers(0, 256, shape, dtype=np.uint8)
     score: Callable[..., Scores] = scorer.score

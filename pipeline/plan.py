@@ -17,7 +17,7 @@ import hashlib
 import importlib.metadata
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -69,8 +69,11 @@ def table_path(model: str) -> tuple[str, str]:
     return "plan", f"{model}.parquet"
 
 
-def fingerprint(config: Config, weights: Weights) -> str:
-    """Identifies everything in the options that a score depends on."""
+def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] = ()) -> str:
+    """Identifies everything in the options that a score depends on.
+
+    companions: the other models that are scored in the same go.
+    """
     parts = {
         "version": SCORING_VERSION,
         "weights": weights.sha256,
@@ -82,6 +85,8 @@ def fingerprint(config: Config, weights: Weights) -> str:
     }
     if weights.card.architecture.mode == "fr":
         parts["pairs"] = [config.align, config.align_within_s, config.scale_to, *config.measures]
+    if companions:
+        parts["companions"] = [other.sha256 for other in companions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -101,16 +106,18 @@ def run(
     catalog: Catalog,
     output: Output,
     config: Config,
-    weights: Weights,
+    weights: Sequence[Weights],
     shares: cluster.Shares,
     run_id: str,
 ) -> PlanCounts:
     """Probe every item and write plan/, and failures/ for those that cannot be planned.
 
-    Each of the two files is replaced in one step. Returns what is in the plan.
+    weights: of the model to plan for; the others are planned for the same frames. Each file is
+    replaced in one step. Returns what is in the plan of the first.
     """
-    model, scoring = weights.card.name, fingerprint(config, weights)
-    planner = _Planner(config, model, scoring, weights.card.architecture.mode == "fr")
+    first, *others = weights
+    model, scoring = first.card.name, fingerprint(config, first, others)
+    planner = _Planner(config, model, scoring, first.card.architecture.mode == "fr")
     mark = {_SIGNATURE: signature(config, scoring)}
     schema = pa.schema([*schemas.PLAN, *catalog.extras], metadata=schemas.PLAN.metadata | mark)
     before = _last_plan(output, model, mark[_SIGNATURE])
@@ -137,7 +144,34 @@ def run(
                 raise CatalogError("there is no image and no video in the catalog.")
     except ray.exceptions.RayError as error:
         raise cluster.run_error(error) from error
+    for other in others:
+        _write_companion(output, model, other, schema)
     return counts
+
+
+def companion_id(unit_id: str, weights: Weights) -> str:
+    """The unit_id under which another model's scores of the frames of a unit are kept."""
+    return digest(unit_id + weights.sha256)
+
+
+def _write_companion(output: Output, model: str, other: Weights, schema: pa.Schema) -> None:
+    """The plan and the planning failures of a model, once more, for another one."""
+    for place in (table_path(model), ("failures", f"plan-{model}.parquet")):
+        folder, name = place
+        path = output.inside(*place)
+        source = pads.dataset(path, filesystem=output.arrow_filesystem())
+        kept = schema if folder == "plan" else schemas.OUTCOME
+        named = name.replace(model, other.card.name)
+        with output.parquet_writer(kept.remove_metadata(), folder, named) as writer:
+            for batch in source.to_batches(batch_size=_ROWS_PER_GROUP):
+                table = pa.Table.from_batches([batch])
+                ids = [companion_id(unit_id, other) for unit_id in table["unit_id"].to_pylist()]
+                changed = {"unit_id": ids, "model": [other.card.name] * len(ids)}
+                for column, values in changed.items():
+                    index = table.column_names.index(column)
+                    field = table.schema.field(column)
+                    table = table.set_column(index, field, pa.array(values, pa.string()))
+                writer.write_table(table.cast(kept.remove_metadata()))
 
 
 def _last_plan(output: Output, model: str, signature: bytes) -> pads.Dataset | None:

@@ -15,10 +15,10 @@ Units that share a reference pass through `score_pairs` instead, with the same e
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +40,14 @@ from pipeline.errors import (
 )
 from pipeline.media import guard
 from pipeline.media.guard import Frames
+from pipeline.plan import companion_id
 from pipeline.storage import Output, redacted
 from pipeline.transient import persistently
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights
+
+if TYPE_CHECKING:
+    from topiq_core.scorer import Scorer
 
 # The folder that a row is written to, as a partition column of Ray Data's writer.
 _FOLDER = "folder"
@@ -73,12 +77,14 @@ def run(
     addresses: dict[str, str],
     output: Output,
     config: Config,
-    weights: Weights,
+    weights: Sequence[Weights],
     shares: cluster.Shares,
     monitor: Any,
     run_id: str,
 ) -> None:
     """Score every planned unit that is not committed yet. Raises TooManyFailures, RunError.
+
+    weights: of the models, in the order of the options' names; the plan is that of the first.
 
     addresses: where to read items, by item_id, whose URI in the plan had credentials taken out.
     """
@@ -109,7 +115,7 @@ def run(
                 config,
                 run_id,
                 addresses,
-                commits.earlier_attempts(output, weights.card.name),
+                commits.earlier_attempts(output, weights[0].card.name),
             ),
             batch_size=1,
             batch_format="pyarrow",
@@ -304,23 +310,29 @@ class ScoreUnits:
     """An actor that holds the model. Rows of frames in, the same rows with scores out."""
 
     def __init__(
-        self, config: Config, weights: Weights, shares: cluster.Shares, monitor: Any
+        self, config: Config, weights: Sequence[Weights], shares: cluster.Shares, monitor: Any
     ) -> None:
         import torch
 
         from topiq_core.scorer import Scorer
 
         torch.set_num_threads(shares.threads)
-        self.scorer = Scorer.load(
-            config.model,
-            weights=config.weights,
-            # A GPU that was booked but does not work must be an error, not a slow night on CPUs.
-            device="cuda" if shares.actor_gpus else "cpu",
-            precision=config.precision,
-            verify=config.verify_weights,
-        )
-        if self.scorer.sha256 != weights.sha256:
-            raise RunError(f"{weights.card.name}: this node has other weights than the driver.")
+        self.weights = weights
+        self.scorers = [
+            Scorer.load(
+                name,
+                weights=place,
+                # A booked GPU that does not work must be an error, not a slow night on CPUs.
+                device="cuda" if shares.actor_gpus else "cpu",
+                precision=config.precision,
+                verify=config.verify_weights,
+            )
+            for name, place in config.models
+        ]
+        for scorer, expected in zip(self.scorers, weights, strict=True):
+            if scorer.sha256 != expected.sha256:
+                name = expected.card.name
+                raise RunError(f"{name}: this node has other weights than the driver.")
         self.config = config
         self.monitor = monitor
 
@@ -328,36 +340,46 @@ class ScoreUnits:
         """Frames of all rows are scored together, so that sizes batch across videos."""
         rows = batch.drop_columns(["frames", "widths", "heights"]).to_pylist()
         views = [list(frames_of(batch, index)) for index in range(batch.num_rows)]
-        started = time.perf_counter()
-        results = self._score_rows(views)
-        seconds = time.perf_counter() - started
+        results = [timed(self._score_rows, scorer, views) for scorer in self.scorers]
         total = sum(len(v) for v in views) or 1
-        for row, frames, result in zip(rows, views, results, strict=True):
-            row["score_s"] = seconds * len(frames) / total
-            yield self._finished(row, result)
+        for index, (row, frames) in enumerate(zip(rows, views, strict=True)):
+            share = len(frames) / total
+            yield self._finished(row, [(found[index], share * s) for found, s in results])
 
-    def _finished(self, row: dict[str, Any], result: Any) -> pa.Table:
-        """The row as it is written: with its scores, or with the MediaError that came instead."""
+    def _finished(self, row: dict[str, Any], results: list[tuple[Any, float]]) -> pa.Table:
+        """The rows as they are written: one for each model, with its scores and its seconds.
+
+        results: scores, or the MediaError that came instead; then no model has scores of the unit,
+        so that what is done can be told by the rows of the first one.
+        """
         row["finished_at"] = datetime.now(UTC)
-        if isinstance(result, MediaError):
-            row |= {"weight_s": None, "score": None}
-            row |= failure("score", result, row, self.config)
-            row["message"] = f"{row['uri']}: {result}"
-        elif row["code"] is None:
-            row["score"] = result
-        self._report(row)
+        errors = [result for result, _ in results if isinstance(result, MediaError)]
+        if errors:
+            row |= {"weight_s": None, **failure("score", errors[0], row, self.config)}
+            row["message"] = f"{row['uri']}: {errors[0]}"
         row[_FOLDER] = "failures" if row["code"] else "frame_scores"
-        return pa.Table.from_pylist([row], schema=_written_schema())
+        rows = []
+        for weights, (result, seconds) in zip(self.weights, results, strict=True):
+            own = row | {"score": None if row["code"] else result, "score_s": seconds}
+            if weights is not self.weights[0]:
+                own |= {
+                    "unit_id": companion_id(row["unit_id"], weights),
+                    "model": weights.card.name,
+                    **dict.fromkeys(("decode_s", "wait_s", *schemas.MEASURES)),
+                }
+            rows.append(own)
+        self._report(rows[0])
+        return pa.Table.from_pylist(rows, schema=_written_schema())
 
-    def _score_rows(self, views: list[list[Any]]) -> list[Any]:
+    def _score_rows(self, scorer: "Scorer", views: list[list[Any]]) -> list[Any]:
         """Scores of each row's frames; when that fails, row by row, to find the one at fault."""
         flat = [frame for frames in views for frame in frames]
         try:
-            scores = finite(self.scorer.score(flat))
+            scores = finite(scorer.score(flat))
         except Exception as error:
             if len(views) == 1:
                 return [as_media_error(error)]
-            return [self._score_rows([frames])[0] for frames in views]
+            return [self._score_rows(scorer, [frames])[0] for frames in views]
         ends = np.cumsum([len(v) for v in views])
         return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
 
@@ -366,6 +388,12 @@ class ScoreUnits:
             self.monitor.scored.remote(len(row["score"]))
         elif ray.get(self.monitor.failed.remote(row["uri"], row["code"], row["message"])):
             raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
+
+
+def timed(work: Callable[..., list[Any]], *given: Any) -> tuple[list[Any], float]:
+    """What comes of a call, and the seconds that it takes."""
+    started = time.perf_counter()
+    return work(*given), time.perf_counter() - started
 
 
 def finite(scores: Any) -> Any:

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,9 @@ from pipeline.media.guard import Frames
 from pipeline.media.planes import planes_of_rgb
 from pipeline.plan import MOST_RENDITIONS
 from pipeline.transient import persistently
+
+if TYPE_CHECKING:
+    from topiq_core.scorer import Scorer
 
 _COLUMNS = (
     *score.PLAN_COLUMNS, "ladder_id", "reference_times_s", "reference_crop", "fps",
@@ -288,27 +291,31 @@ class ScorePairs(score.ScoreUnits):
                     batch["first"][index].as_py(), batch["against"][index].as_py(), strict=True
                 )
             ]
-            started = time.perf_counter()
-            results = self._score_ladder(units)
-            seconds = time.perf_counter() - started
+            found = [score.timed(self._score_with, scorer, units) for scorer in self.scorers]
             total = sum(len(unit[0]) for unit in units) or 1
-            for row, unit, result in zip(rows, units, results, strict=True):
-                row["score_s"] = seconds * len(unit[0]) / total
-                yield self._finished(row, result)
+            for number, (row, unit) in enumerate(zip(rows, units, strict=True)):
+                share = len(unit[0]) / total
+                yield self._finished(row, [(scores[number], share * s) for scores, s in found])
 
-    def _score_ladder(self, units: list[Any]) -> list[Any]:
+    def _score_with(self, scorer: "Scorer", units: list[Any]) -> list[Any]:
+        """Scores of each unit's frames, by a model that compares or by one that does not."""
+        if scorer.card.architecture.mode == "nr":
+            return self._score_rows(scorer, [ours for ours, *_ in units])
+        return self._score_ladder(scorer, units)
+
+    def _score_ladder(self, scorer: "Scorer", units: list[Any]) -> list[Any]:
         """Scores of each unit's frames; when that fails, unit by unit, to find the one at fault."""
         try:
             if len(units) == 1:
                 ours, theirs, _ = units[0]
-                return [score.finite(self.scorer.score_pairs(ours, theirs)) if ours else []]
-            return self._score_by_reference(units)
+                return [score.finite(scorer.score_pairs(ours, theirs)) if ours else []]
+            return self._score_by_reference(scorer, units)
         except Exception as error:
             if len(units) == 1:
                 return [score.as_media_error(error)]
-            return [self._score_ladder([unit])[0] for unit in units]
+            return [self._score_ladder(scorer, [unit])[0] for unit in units]
 
-    def _score_by_reference(self, units: list[Any]) -> list[Any]:
+    def _score_by_reference(self, scorer: "Scorer", units: list[Any]) -> list[Any]:
         """Each reference frame is looked at once, for all the frames that are compared with it."""
         out = [np.empty(len(ours), np.float32) for ours, *_ in units]
         places: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -318,7 +325,7 @@ class ScorePairs(score.ScoreUnits):
         for shared in places.values():
             number, position = shared[0]
             frames = [units[n][0][p] for n, p in shared]
-            scores = self.scorer.score_renditions(frames, units[number][1][position])
+            scores = scorer.score_renditions(frames, units[number][1][position])
             for (n, p), value in zip(shared, score.finite(scores), strict=True):
                 out[n][p] = value
         return out

@@ -49,7 +49,7 @@ def catalog(tmp_path_factory):
     (folder / "ref").mkdir()
     (folder / "out").mkdir()
     encode(folder / "ref/a.mp4", FRAMES, options={"crf": "8"})
-    for crf in ("20", "32", "44"):
+    for crf in ("20", "32", "38"):
         encode(folder / f"out/a_{crf}.mkv", FRAMES, options={"crf": crf})
     small = [np.asarray(Image.fromarray(f).resize((80, 48))) for f in FRAMES]
     encode(folder / "out/a_small.mp4", small, options={"crf": "20"})
@@ -60,7 +60,7 @@ def catalog(tmp_path_factory):
     encode(folder / "out/still.mp4", [landscape(96, 160, 1)] * 50)
     Image.fromarray(FRAMES[0]).save(folder / "ref/p.png")
     Image.fromarray(FRAMES[9]).save(folder / "out/p.png")
-    ladder = ["a_20.mkv", "a_32.mkv", "a_44.mkv", "a_small.mp4", "a_late.mp4", "a_cut.mkv"]
+    ladder = ["a_20.mkv", "a_32.mkv", "a_38.mkv", "a_small.mp4", "a_late.mp4", "a_cut.mkv"]
     pairs = [(f"out/{name}", "ref/a.mp4") for name in (*ladder, "a_bad.mp4", "still.mp4")]
     pairs += [
         ("ref/a.mp4", "ref/a.mp4"),
@@ -104,7 +104,7 @@ def by_name(out):
 def test_every_pair_is_scored_or_fails_with_its_reason(scored, catalog):
     out, summary = scored
     assert set(by_name(out)) == {
-        "a_20.mkv", "a_32.mkv", "a_44.mkv", "a_small.mp4", "a_late.mp4", "a_cut.mkv", "a.mp4",
+        "a_20.mkv", "a_32.mkv", "a_38.mkv", "a_small.mp4", "a_late.mp4", "a_cut.mkv", "a.mp4",
         "p.png",
     }  # fmt: skip
     failed = {(name(r["uri"]), name(r["reference_uri"] or "")): r for r in rows(out, "failures")}
@@ -138,7 +138,7 @@ def test_offsets_and_unmatched_frames_are_on_record(scored):
 def test_classic_measures_follow_the_quality(scored):
     found = by_name(scored[0])
     for measure in ("psnr_y", "psnr_weighted", "ssim"):
-        order = [found[n][measure] for n in ("a.mp4", "a_20.mkv", "a_32.mkv", "a_44.mkv")]
+        order = [found[n][measure] for n in ("a.mp4", "a_20.mkv", "a_32.mkv", "a_38.mkv")]
         assert order == sorted(order, reverse=True)
     assert found["a.mp4"]["psnr_y"] == 60
     assert found["p.png"]["psnr_y"] > 5
@@ -207,7 +207,7 @@ def test_a_ladder_of_five_decodes_each_reference_frame_once(catalog, monkeypatch
         "weights_s": [0.6] * 3, "reference_times_s": times, "fps": 25.0, "ladder_id": "l",
         "reference_uri": str(catalog / "ref/a.mp4"),
     }  # fmt: skip
-    renditions = ["a_20.mkv", "a_32.mkv", "a_44.mkv", "a_small.mp4", "a_20.mkv"]
+    renditions = ["a_20.mkv", "a_32.mkv", "a_38.mkv", "a_small.mp4", "a_20.mkv"]
     units = [
         common | {"unit_id": str(i), "item_id": str(i), "uri": str(catalog / "out" / n)}
         for i, n in enumerate(renditions)
@@ -254,3 +254,40 @@ def test_the_ladder_of_a_reference_is_printed_drawn_and_written(scored, tmp_path
     (plot,) = tmp_path.iterdir()
     with Image.open(plot) as image:
         assert image.size[0] > 500
+
+
+def test_two_models_score_the_same_frames_of_one_decode(catalog, model, tmp_path):
+    out = tmp_path / "out"
+    source = catalog / "out/a_32.mkv"
+    options = {"sample": "uniform:4", "reference": str(catalog / "ref/a.mp4"), "unit_frames": 2}
+    summary = score(source, out, model=f"cfanet_lite_nr,{model}", **options)
+    assert (summary.model, summary.items) == ("untrained_fr,cfanet_lite_nr", 1)
+    assert summary.frames_scored == 4
+    found = {row["model"]: row for row in rows(out, "scores")}
+    assert set(found) == {"untrained_fr", "cfanet_lite_nr"}
+    log = rows(out, "frame_scores")
+    assert Counter(row["model"] for row in log) == {"untrained_fr": 2, "cfanet_lite_nr": 2}
+    assert len({row["unit_id"] for row in log}) == 4
+    assert sum(row["decode_s"] is not None for row in log) == 2
+    # The no-reference scores are those of a run without a reference, on the same frames.
+    alone = tmp_path / "alone"
+    score(source, alone, sample="uniform:4")
+    (row,) = rows(alone, "scores")
+    assert found["cfanet_lite_nr"]["score"] == pytest.approx(row["score"], abs=1e-6)
+    assert score(source, out, model=f"{model},cfanet_lite_nr", **options).frames_scored == 0
+
+
+def test_what_one_of_two_models_cannot_score_neither_scores(model, tmp_path):
+    Image.fromarray(FRAMES[0][:20, :20]).save(tmp_path / "tiny.png")
+    out = tmp_path / "out"
+    summary = score(
+        tmp_path / "tiny.png", out, model=f"{model},cfanet_lite_nr",
+        reference=str(tmp_path / "tiny.png"),
+    )  # fmt: skip
+    assert (summary.scored, summary.failed_by_code) == (0, {"too_small": 1})
+    failed = rows(out, "failures")
+    assert {(r["model"], r["code"]) for r in failed} == {
+        ("untrained_fr", "too_small"),
+        ("cfanet_lite_nr", "too_small"),
+    }
+    assert run.retry(str(out), ["too_small"], lambda *_, **__: None).failed == 1
