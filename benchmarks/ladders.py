@@ -19,7 +19,7 @@ from pathlib import Path
 import av
 import duckdb
 import numpy as np
-from machine import description
+from machine import described
 from PIL import Image
 from scipy import stats
 
@@ -115,7 +115,7 @@ def main() -> None:
         run.score_catalog(str(manifest), str(folder / "out"), config, lambda *_, **__: None)
         found = report(folder / "out")
     if options.json:
-        record = {"machine": description(), "spearman": found}
+        record = {"machine": described(), "spearman": found}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
