@@ -16,6 +16,19 @@ Output = Annotated[str, typer.Option("--output", "-o", help="Output folder or pr
 Model = Annotated[str | None, typer.Option(help="Card, or a .safetensors file of your own.")]
 WeightsFile = Annotated[str | None, typer.Option(help="Path or URL of the card's weights.")]
 Sample = Annotated[str | None, typer.Option(help="uniform:N, fps:R, every:K, keyframes or all.")]
+Reference = Annotated[str | None, typer.Option(help="The file that every item is compared with.")]
+ReferenceRoot = Annotated[
+    str | None,
+    typer.Option(help="Folder of references: an item goes with the file of its path below it."),
+]
+Align = Annotated[
+    str | None,
+    typer.Option(help="Which frames are compared: pts, auto (find the offset) or none (number)."),
+]
+Measures = Annotated[
+    str | None,
+    typer.Option("--with", help="Classic measures beside the score: psnr,ssim,ms_ssim."),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of options.")]
 Settings = Annotated[
     list[str] | None,
@@ -27,4 +40,6 @@ def resolve(config_file: Path | None, settings: list[str] | None, **flags: Any) 
     """The Config of a command line. Raises ConfigError."""
     from pipeline import config
 
+    if flags.get("measures") is not None:
+        flags["measures"] = [name.strip() for name in flags["measures"].split(",")]
     return config.load(config_file, settings, flags)

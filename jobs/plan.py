@@ -14,6 +14,10 @@ def plan(
     model: options.Model = None,
     weights: options.WeightsFile = None,
     sample: options.Sample = None,
+    reference: options.Reference = None,
+    reference_root: options.ReferenceRoot = None,
+    align: options.Align = None,
+    measures: options.Measures = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Say how long scoring would take.")
     ] = False,
@@ -29,7 +33,17 @@ def plan(
     settings: options.Settings = None,
 ) -> None:
     """Write plan/ only: list the catalog, probe every item, choose the frames to score."""
-    resolved = options.resolve(config, settings, model=model, weights=weights, sample=sample)
+    resolved = options.resolve(
+        config,
+        settings,
+        model=model,
+        weights=weights,
+        sample=sample,
+        reference=reference,
+        reference_root=reference_root,
+        align=align,
+        measures=measures,
+    )
     from jobs.console import Events
     from pipeline import estimate as estimates
     from pipeline import run

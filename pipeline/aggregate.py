@@ -18,7 +18,7 @@ import pyarrow.dataset as pads
 
 from pipeline import plan as plan_step
 from pipeline import pooling, schemas
-from pipeline.errors import OutputError, RunError
+from pipeline.errors import ConfigError, OutputError, RunError
 from pipeline.storage import Output
 
 _ITEMS_PER_BATCH = 512
@@ -34,7 +34,7 @@ WITH last_failures AS (
 ),
 outcomes AS (
     SELECT unit_id, pts_s, score, weight_s, partial, n_missing, message, frame, run_id,
-           NULL AS code
+           psnr_y, psnr_weighted, ssim, ms_ssim, NULL AS code
     FROM frame_scores
     UNION ALL BY NAME
     SELECT * FROM last_failures
@@ -49,6 +49,7 @@ items AS (
         flatten(list(o.pts_s ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS pts_s,
         flatten(list(o.score ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS frame_score,
         flatten(list(o.weight_s ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS weight_s,
+        {measures},
         bool_or(coalesce(o.partial, false)) OR count(o.code) > 0 AS partial,
         sum(coalesce(o.n_missing, 0)) AS n_missing,
         first(o.message ORDER BY p.unit_index) FILTER (o.message IS NOT NULL) AS message,
@@ -61,8 +62,14 @@ items AS (
 SELECT head.* EXCLUDE (n_units, message, code, times_s, weights_s), items.* EXCLUDE (item_id)
 FROM plan head JOIN items USING (item_id)
 WHERE head.unit_index = 0
-ORDER BY head.uri
-"""
+ORDER BY head.uri, head.reference_uri
+""".replace(
+    "{measures}",
+    ",\n        ".join(
+        f"flatten(list(o.{name} ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS {name}"
+        for name in schemas.MEASURES
+    ),
+)
 
 
 @dataclass
@@ -124,6 +131,19 @@ def planned_models(output: Output) -> list[str]:
     return names
 
 
+def scores(output: Output, model: str | None) -> pads.Dataset:
+    """scores/ of a model, or of the only one there is. Raises OutputError and ConfigError."""
+    files = output.parquet_files("scores")
+    if model is not None:
+        files = [f for f in files if PurePosixPath(f).stem == model]
+    if not files:
+        raise OutputError(f"{output.url}: no scores{f' of {model}' if model else ''} in it.")
+    if len(files) > 1:
+        names = ", ".join(PurePosixPath(f).stem for f in files)
+        raise ConfigError(f"{output.url} holds scores of {names}: choose one with --model.")
+    return pads.dataset(files, filesystem=output.arrow_filesystem())
+
+
 def _plan(output: Output, model: str) -> pads.Dataset:
     path = output.inside(*plan_step.table_path(model))
     if not output.fs.exists(path):
@@ -163,8 +183,17 @@ def _item_row(item: dict[str, Any], names: tuple[str, ...], counts: Counts) -> d
         **item,
         **pooling.pool(frames, names),
         "n_frames": len(frames.scores),
+        **{name: _mean(item[name], item["weight_s"]) for name in schemas.MEASURES},
         **{k: v for k, v in form.items() if v is not None},
     }
+
+
+def _mean(values: list[float | None] | None, weights: list[float]) -> float | None:
+    """Over time; null when the measure was not asked for, or not defined."""
+    known = [(v, w) for v, w in zip(values or [], weights, strict=False) if v is not None]
+    if not known:
+        return None
+    return float(np.average([v for v, _ in known], weights=[w for _, w in known]))
 
 
 def _in_order(item: dict[str, Any]) -> pooling.Frames:

@@ -1,19 +1,23 @@
 """What to score: a file, a folder or prefix, a glob, or a manifest. Lists, never opens media."""
 
+import hashlib
 import itertools
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline import schemas, storage
 from pipeline.errors import CatalogError
+from pipeline.pairing import Pairing, References
 from pipeline.storage import Stat
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
@@ -28,10 +32,17 @@ MEDIA_SUFFIXES = frozenset((
 # fmt: on
 
 
+_REFERENCE = "reference_uri"
+
 COLUMNS = pa.schema(
     [
+        ("item_id", pa.string()),
         ("uri", pa.string()),
         ("address", pa.binary()),
+        ("reference_uri", pa.string()),
+        ("reference_address", pa.binary()),
+        ("renditions", pa.int32()),
+        ("unpaired", pa.string()),
         ("explicit", pa.bool_()),
         ("size_bytes", pa.int64()),
         ("mtime", pa.float64()),
@@ -45,6 +56,7 @@ class _Entry:
     address: str
     explicit: bool
     stat: Stat | None = None
+    reference: str | None = None
 
 
 @dataclass
@@ -58,6 +70,10 @@ class Catalog:
     other is looked at, and left out without a word when its content is not media.
 
     `size_bytes`, `mtime` and `etag` are those of the listing, null where nothing was listed.
+
+    `reference_uri` and `reference_address` are those of the reference, where there is one; for
+    full-reference models `renditions` counts the items that share it, and `unpaired` says why there
+    is none.
     """
 
     table: pa.Table
@@ -65,11 +81,97 @@ class Catalog:
     extras: list[pa.Field] = field(default_factory=list)
 
 
+def item_id(uri: str, reference_uri: str | None = None) -> str:
+    """Identifies an item in all tables: hexadecimal, of its URI without credentials.
+
+    An item that is compared is identified with its reference.
+    """
+    return digest(uri if reference_uri is None else f"{uri}\n{reference_uri}")
+
+
+def digest(text: str) -> str:
+    """24 hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
 def read(source: str) -> Catalog:
     """List the items of a source, sorted by URI for folders, in the order given for manifests.
 
     Raises CatalogError when there is nothing there or a manifest cannot be used.
     """
+    return _without_repeats(_read(source))
+
+
+def read_pairs(source: str, references: References) -> Catalog:
+    """As `read`, each item with its reference; those of one reference stand together.
+
+    The column `reference_uri` of a manifest counts first, then `references`. Raises CatalogError
+    when nothing says what the references are.
+    """
+    found = _read(source)
+    table = found.table
+    if references.given:
+        table = _paired(table, source, references)
+    elif not pc.any(pc.is_valid(table["reference_address"])).as_py():
+        raise CatalogError(
+            f"{source}: the model compares with references, and there are none. Give a manifest "
+            "with a column `reference_uri`, or --reference or --reference-root."
+        )
+    uris, references_ = table["uri"].to_pylist(), table["reference_uri"].to_pylist()
+    problems = [
+        problem or (None if reference else "its manifest row has no reference_uri")
+        for problem, reference in zip(table["unpaired"].to_pylist(), references_, strict=True)
+    ]
+    table = _with_column(table, "unpaired", problems)
+    ids = [item_id(uri, reference or "") for uri, reference in zip(uris, references_, strict=True)]
+    table = _with_column(table, "item_id", ids)
+    table = table.sort_by([("reference_uri", "ascending"), ("uri", "ascending")])
+    out = _without_repeats(Catalog(table, found.duplicates, found.extras))
+    shared = Counter(out.table["reference_uri"].to_pylist())
+    counts = [shared[reference] for reference in out.table["reference_uri"].to_pylist()]
+    return replace(out, table=_with_column(out.table, "renditions", counts))
+
+
+def _paired(table: pa.Table, source: str, references: References) -> pa.Table:
+    """The table with the references that options name, where the manifest names none."""
+    uris = table["uri"].to_pylist()
+    listed = _read(references.file or references.root or "").table
+    known = dict(zip(listed["uri"].to_pylist(), listed["address"].to_pylist(), strict=True))
+    if references.file is None:
+        pairs = references.pair(uris, list(known), storage.absolute(source))
+    elif len(known) == 1:
+        pairs = [Pairing(uri, reference) for uri in uris for reference in known]
+    else:
+        raise CatalogError(f"{references.file}: {len(known)} files, but --reference is one.")
+    own = zip(
+        table["reference_uri"].to_pylist(), table["reference_address"].to_pylist(), strict=True
+    )
+    columns = ("reference_uri", "reference_address", "unpaired")
+    rows = [
+        (*given, None) if given[0] else (pair.reference, known.get(pair.reference), pair.problem)
+        for given, pair in zip(own, pairs, strict=True)
+    ]
+    for index, name in enumerate(columns):
+        table = _with_column(table, name, [row[index] for row in rows])
+    return table
+
+
+def _with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    index = table.column_names.index(name)
+    column = pa.array(values, COLUMNS.field(name).type)
+    return table.set_column(index, COLUMNS.field(name), column)
+
+
+def _without_repeats(found: Catalog) -> Catalog:
+    first: dict[str, int] = {}
+    for index, name in enumerate(found.table["item_id"].to_pylist()):
+        first.setdefault(name, index)
+    kept = found.table.take(list(first.values()))
+    repeats = found.table.num_rows - kept.num_rows
+    return Catalog(kept, found.duplicates + repeats, found.extras)
+
+
+def _read(source: str) -> Catalog:
     source = storage.absolute(source)
     fs, path = storage.locate(source)
     fs.invalidate_cache()
@@ -96,9 +198,16 @@ def _listed(items: Iterable[_Entry], nothing: str = "") -> Catalog:
 
 def _items(entries: list[_Entry]) -> pa.Table:
     stats = [entry.stat or Stat(None, None, None) for entry in entries]
+    uris = [storage.redacted(entry.address) for entry in entries]
+    references = [entry.reference for entry in entries]
     columns = {
-        "uri": [storage.redacted(entry.address) for entry in entries],
+        "item_id": [item_id(uri) for uri in uris],
+        "uri": uris,
         "address": [to_bytes(entry.address) for entry in entries],
+        "reference_uri": [r and storage.redacted(r) for r in references],
+        "reference_address": [r and to_bytes(r) for r in references],
+        "renditions": [None] * len(entries),
+        "unpaired": [None] * len(entries),
         "explicit": [entry.explicit for entry in entries],
         "size_bytes": [stat.size_bytes for stat in stats],
         "mtime": [stat.mtime for stat in stats],
@@ -152,7 +261,10 @@ def _entry(fs: Any, path: str, info: dict[str, Any]) -> _Entry:
 
 
 def _manifest(source: str, fs: Any, path: str) -> Catalog:
-    """A table with a `uri` column. Relative paths are relative to the manifest."""
+    """A table with a `uri` column, and perhaps `reference_uri`.
+
+    Relative paths are relative to the manifest.
+    """
     try:
         with fs.open(path, "rb") as file:
             table = _read_table(file, PurePosixPath(path).suffix.lower())
@@ -171,14 +283,17 @@ def _manifest(source: str, fs: Any, path: str) -> Catalog:
         if not uri:
             raise CatalogError(f"{source}: row {number} has no uri.")
         uris.append(_resolved(uri, base))
-    out = _items([_Entry(uri, True) for uri in uris])
-    first: dict[str, int] = {}
-    for index, uri in enumerate(out["uri"].to_pylist()):
-        first.setdefault(uri, index)
+    references: list[str | None] = [None] * len(uris)
+    if _REFERENCE in table.column_names:
+        column = table[_REFERENCE].cast(pa.string()).to_pylist()
+        references = [_resolved(uri, base) if uri else None for uri in column]
+        table = table.drop_columns([_REFERENCE])
+    entries = zip(uris, references, strict=True)
+    out = _items([_Entry(uri, True, reference=reference) for uri, reference in entries])
     extras = table.drop_columns(["uri"]).rename_columns(_extra_names(table.column_names))
     for name in extras.column_names:
         out = out.append_column(extras.schema.field(name), extras[name])
-    return Catalog(out.take(list(first.values())), len(uris) - len(first), list(extras.schema))
+    return Catalog(out, extras=list(extras.schema))
 
 
 def _read_table(file: Any, suffix: str) -> pa.Table:
@@ -201,7 +316,7 @@ def _resolved(uri: str, base: str) -> str:
 
 def _extra_names(names: list[str]) -> list[str]:
     """The manifest's columns under names that no column of ours has."""
-    taken = {"explicit", "address", "known_size_bytes", "known_mtime", "known_etag"}
+    taken = set(COLUMNS.names) | {f"known_{name}" for name in schemas.STATS}
     out = []
     for name in names:
         if name == "uri":

@@ -13,9 +13,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import ConfigError
+from pipeline.fidelity import MEASURES
 from pipeline.media.colour import Crop, Hdr, Interlaced, Policy
 from pipeline.media.sample import SampleSpec
+from pipeline.pairing import References
 from pipeline.pooling import DEFAULT_POOLING, check_names
+
+Align = Literal["pts", "auto", "none"]
+ScaleTo = Literal["reference", "distorted"]
 
 
 class Config(BaseModel):
@@ -26,12 +31,14 @@ class Config(BaseModel):
     model: str = Field(
         default="cfanet_lite_nr",
         description="Card to score with, or a .safetensors file exported by `topiq train`. "
-        "`cfanet_lite_nr` is bundled; published cards are fetched on first use.",
+        "`cfanet_lite_nr` is bundled; published cards are fetched on first use. Several, with "
+        "commas between them, score the same frames, which are decoded once.",
     )
     weights: str | None = Field(
         default=None,
         description="Path or URL of the weights, for cards that are not bundled. On a cluster, "
-        "a place that every node can read.",
+        "a place that every node can read. For several models as many, in their order; nothing "
+        "between two commas where a model needs none.",
     )
     verify_weights: bool = Field(
         default=True,
@@ -68,6 +75,40 @@ class Config(BaseModel):
         default="none",
         description="`auto` looks for black bars around a video, in eight frames while planning, "
         "and scores the picture between them.",
+    )
+    reference: str | None = Field(
+        default=None,
+        description="For models that compare: the file that every item is compared with. A "
+        "manifest names references itself, in its column `reference_uri`.",
+    )
+    reference_root: str | None = Field(
+        default=None,
+        description="Folder or prefix of references: an item goes with the file of the same path "
+        "below it, whatever the suffix.",
+    )
+    pair_pattern: str | None = Field(
+        default=None,
+        description="Pair by a part of the names instead: a regular expression with a group "
+        "`key`, such as `(?P<key>title\\d+)_`, applied to items and to what is in reference_root.",
+    )
+    align: Align = Field(
+        default="pts",
+        description="Which reference frame a frame is compared with: `pts`, the one on screen at "
+        "the same time since the start; `auto`, the same after an offset that is read off the "
+        "pictures, or the item fails as `misaligned`; `none`, the one of the same number.",
+    )
+    align_within_s: float = Field(
+        default=1.0, gt=0, description="Largest offset that `align: auto` looks for, either way."
+    )
+    scale_to: ScaleTo = Field(
+        default="reference",
+        description="Where sizes differ: bring the distorted picture to the size of the "
+        "`reference` (bicubic), as VMAF is used, or the other way round (`distorted`).",
+    )
+    measures: tuple[str, ...] = Field(
+        default=(),
+        description="Classic measures beside the score of models that compare: psnr, ssim, "
+        "ms_ssim. See docs/full-reference.md.",
     )
     pooling: tuple[str, ...] = Field(
         default=DEFAULT_POOLING,
@@ -192,9 +233,41 @@ class Config(BaseModel):
         check_names(names)
         return names
 
-    def replay(self, uri: str) -> str:
+    @field_validator("measures")
+    @classmethod
+    def _measures_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name not in MEASURES]
+        if unknown:
+            raise ConfigError(f"unknown measure '{unknown[0]}': use {', '.join(MEASURES)}")
+        return names
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        """The models and the places of their weights. Raises ConfigError where these differ."""
+        names = [name.strip() for name in self.model.split(",")]
+        places = [place.strip() or None for place in (self.weights or "").split(",")]
+        if self.weights is None:
+            places = [None] * len(names)
+        if not all(names) or len(set(names)) != len(names) or len(places) != len(names):
+            raise ConfigError(
+                f"model '{self.model}': give different names, with commas between them, and as "
+                f"many weights or none (there are {len(places)} for {len(names)})."
+            )
+        return list(zip(names, places, strict=True))
+
+    @property
+    def references(self) -> References:
+        """Where references are. Raises ConfigError for options that do not go together."""
+        return References(self.reference, self.reference_root, self.pair_pattern)
+
+    def replay(self, uri: str, reference_uri: str | None = None) -> str:
         """The command that scores one item alone with these options."""
         fields = self.model_dump(mode="json", exclude_defaults=True)
+        if reference_uri is not None:
+            fields |= {"reference": reference_uri}
+            fields = {
+                k: v for k, v in fields.items() if k not in ("reference_root", "pair_pattern")
+            }
         settings = [f"--set={name}={json.dumps(value)}" for name, value in fields.items()]
         return shlex.join(["topiq", "score", uri, "-o", "replay", *settings])
 

@@ -5,9 +5,9 @@ from pathlib import PurePosixPath
 import duckdb
 import pyarrow as pa
 import pyarrow.csv as pacsv
-import pyarrow.dataset as pads
 
-from pipeline.errors import ConfigError, OutputError
+from pipeline import aggregate
+from pipeline.errors import ConfigError
 from pipeline.storage import Output, absolute
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -22,7 +22,7 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
     if suffix not in _SUFFIXES:
         raise ConfigError(f"--to {to}: the name must end in {', '.join(_SUFFIXES)}.")
     connection = duckdb.connect()
-    connection.register("scores", _scores(output, model))
+    connection.register("scores", aggregate.scores(output, model))
     connection.execute("SET enable_external_access = false")
     try:
         query = f"SELECT * FROM scores WHERE ({where}\n) ORDER BY uri"
@@ -34,18 +34,6 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
     with Output(folder or "/").publish(name) as path:
         _write(kept, connection, str(path), suffix)
     return kept.num_rows, int(total)
-
-
-def _scores(output: Output, model: str | None) -> pads.Dataset:
-    files = output.parquet_files("scores")
-    if model is not None:
-        files = [f for f in files if PurePosixPath(f).stem == model]
-    if not files:
-        raise OutputError(f"{output.url}: no scores{f' of {model}' if model else ''} in it.")
-    if len(files) > 1:
-        names = ", ".join(PurePosixPath(f).stem for f in files)
-        raise ConfigError(f"{output.url} holds scores of {names}: choose one with --model.")
-    return pads.dataset(files, filesystem=output.arrow_filesystem())
 
 
 def _write(kept: pa.Table, connection: duckdb.DuckDBPyConnection, path: str, suffix: str) -> None:

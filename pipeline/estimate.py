@@ -1,13 +1,19 @@
 """How long a plan would take: its pixels over a measured speed."""
 
+import functools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.plan import PlanCounts
+
+if TYPE_CHECKING:
+    from topiq_core.scorer import Scorer, Scores
 
 _TRIAL_HEIGHT, _TRIAL_WIDTH = 720, 1280
 _TRIAL_S = 3.0
@@ -23,21 +29,28 @@ class Speed:
 
 def measured_speed(config: Config) -> Speed:
     """Score synthetic 720p frames on this machine for a few seconds."""
-    import numpy as np
-
     from topiq_core.scorer import Scorer
 
-    scorer = Scorer.load(
-        config.model, config.weights, config.device, config.precision, config.verify_weights
-    )
-    if scorer.card.architecture.mode != "nr":
-        raise ConfigError(f"{scorer.card.name} compares pairs: there is no estimate for it yet.")
+    speeds = [
+        _speed_of(Scorer.load(name, place, config.device, config.precision, config.verify_weights))
+        for name, place in config.models
+    ]
+    per_pixel = sum(1 / speed.pixels_per_s for speed in speeds)
+    return Speed(1 / per_pixel, speeds[0].source)
+
+
+def _speed_of(scorer: "Scorer") -> Speed:
+    import numpy as np
+
     shape = (4, _TRIAL_HEIGHT, _TRIAL_WIDTH, 3)
     frames = np.random.Generator(np.random.PCG64(0)).integers(0, 256, shape, dtype=np.uint8)
-    scorer.score(frames[:1])
+    score: Callable[..., Scores] = scorer.score
+    if scorer.card.architecture.mode == "fr":
+        score = functools.partial(scorer.score_renditions, reference=frames[0])
+    score(frames[:1])
     scored, started = 0, time.perf_counter()
     while time.perf_counter() - started < _TRIAL_S:
-        scored += len(scorer.score(frames))
+        scored += len(score(frames))
     seconds = time.perf_counter() - started
     pixels = scored * _TRIAL_HEIGHT * _TRIAL_WIDTH
     return Speed(pixels / seconds, f"measured on this machine ({scorer.device})")

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from pipeline import datasets, plan, run, scatter, schemas
 from pipeline.config import Config
 from pipeline.datasets import Rated
-from pipeline.errors import CatalogError, OutputError, RunError
+from pipeline.errors import CatalogError, ConfigError, OutputError, RunError
 from pipeline.run import Event
 from pipeline.storage import Output, join, redacted
 from topiq_core import metrics
@@ -124,6 +124,8 @@ def evaluate(
     source: a CSV, or a folder of that `layout`. split: COLUMN=VALUE, the items to use.
     resamples: of the bootstrap; 0 for no intervals.
     """
+    if len(config.models) != 1:
+        raise ConfigError(f"model '{config.model}': one model at a time is evaluated.")
     rated = datasets.read(source, layout)
     items = datasets.select(rated.items, split) if split else rated.items
     if len(items) < FEWEST:

@@ -15,12 +15,14 @@ SSIM and MS-SSIM are those of the library piq (Apache-2.0).
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import piq
-import torch
 
 from pipeline.media.planes import Plane, Planes
+
+if TYPE_CHECKING:
+    import torch
 
 MEASURES: dict[str, tuple[str, ...]] = {
     "psnr": ("psnr_y", "psnr_weighted"),
@@ -83,21 +85,27 @@ def _ssim(distorted: Planes, reference: Planes, device: str) -> float | None:
     thinned = min(reference.y.shape) // max(1, round(min(reference.y.shape) / 256))
     if thinned < _SSIM_LEAST:
         return None
+    import piq  # takes seconds, and only those wait for it who want it
+
     return float(piq.ssim(_luma(distorted, device), _luma(reference, device), data_range=1.0))
 
 
 def _ms_ssim(distorted: Planes, reference: Planes, device: str) -> float | None:
     if min(reference.y.shape) < _MS_SSIM_LEAST:
         return None
+    import piq
+
     luma = _luma(distorted, device), _luma(reference, device)
     return float(piq.multi_scale_ssim(*luma, data_range=1.0))
 
 
-def _luma(planes: Planes, device: str) -> torch.Tensor:
+def _luma(planes: Planes, device: str) -> "torch.Tensor":
     """Luma as float64 [1, 1, H, W], 0 to 1: float32 errs by as much as neighbouring pixels differ.
 
     As in libvmaf, 1 is 255 steps of 8 bits. What deeper video has above that, less than one step,
     counts as 1.
     """
+    import torch
+
     y = torch.from_numpy(planes.y.astype(np.float64)).to(device)
     return torch.clamp(y[None, None] / (255 * 2 ** (planes.bits - 8)), max=1.0)

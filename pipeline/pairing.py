@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pipeline.errors import ConfigError, Unpaired
+from pipeline import storage
+from pipeline.errors import ConfigError
 
 Key = Callable[[str], str | None]
 """From a URI to the key that it is paired by; None when it has none."""
@@ -27,19 +28,47 @@ class Pairing:
     reference: str | None
     problem: str | None = None
 
-    def required(self) -> str:
-        """The reference. Raises Unpaired, with the reason, when there is none."""
-        if self.reference is None:
-            raise Unpaired(f"{self.distorted}: {self.problem}")
-        return self.reference
-
 
 @dataclass(frozen=True)
-class Ladder:
-    """A reference and all its renditions: what is best scored together, to decode it once."""
+class References:
+    """Where references are, as options say it. At most one of `file` and `root`.
 
-    reference: str
-    renditions: tuple[str, ...]
+    file: the reference of every item. root: a folder; items pair with what has the same key in it.
+    pattern: what the key is (`pattern_key`); without it, the path below the folder. Raises
+    ConfigError for what does not go together.
+    """
+
+    file: str | None = None
+    root: str | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.file is not None and self.root is not None:
+            raise ConfigError("give --reference or --reference-root, not both.")
+        if self.pattern is not None:
+            if self.root is None:
+                raise ConfigError("pair_pattern pairs with what lies below --reference-root.")
+            pattern_key(self.pattern)
+
+    @property
+    def given(self) -> bool:
+        """Whether the options say anything of references."""
+        return (self.file or self.root) is not None
+
+    def pair(
+        self, distorted: Sequence[str], references: Sequence[str], source: str
+    ) -> list[Pairing]:
+        """Pair items of `source` with the files below the root."""
+        if self.pattern is not None:
+            key = pattern_key(self.pattern)
+            return pair_by_key(distorted, references, key, key)
+        fixed = source
+        if any(mark in source for mark in "*?["):
+            fixed = re.split(r"[*?\[]", source)[0].rpartition("/")[0]
+        elif PurePosixPath(source).suffix and list(distorted) == [source]:
+            fixed = source.rpartition("/")[0]
+        root = path_key(storage.absolute(self.root or ""))
+        return pair_by_key(distorted, references, path_key(fixed), root)
 
 
 def path_key(root: str) -> Key:
@@ -102,22 +131,3 @@ def _paired(item: str, key: str | None, by_key: dict[str, list[str]]) -> Pairing
             item, None, f"{len(candidates)} references have its key '{key}': {named}{more}."
         )
     return Pairing(item, candidates[0])
-
-
-def pair_by_column(distorted: Sequence[str], reference_uris: Sequence[str | None]) -> list[Pairing]:
-    """Pair each item with what its manifest row says; an empty cell leaves it unpaired."""
-    return [
-        Pairing(item, given)
-        if given
-        else Pairing(item, None, "its manifest row has no reference_uri.")
-        for item, given in zip(distorted, reference_uris, strict=True)
-    ]
-
-
-def ladders(pairings: Sequence[Pairing]) -> list[Ladder]:
-    """Paired items by reference, both in order of first appearance."""
-    renditions: dict[str, list[str]] = defaultdict(list)
-    for pairing in pairings:
-        if pairing.reference is not None:
-            renditions[pairing.reference].append(pairing.distorted)
-    return [Ladder(reference, tuple(items)) for reference, items in renditions.items()]

@@ -6,19 +6,22 @@
        v
     plan/: one row per work unit   schemas.PLAN + columns of the manifest
 
+An item that is compared with a reference is matched with it here, frame by frame (`pairs`).
 An item whose file is as the last plan has it is not opened again: its units are taken from there.
 An item that cannot be planned is one row with a `code`; it becomes a row in failures/. A file
 that was merely found in a folder and is not media leaves no row, and is counted.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -26,12 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
 
-from pipeline import cluster, schemas, storage
-from pipeline.catalog import Catalog, from_bytes
+from pipeline import cluster, pairs, schemas, storage
+from pipeline.catalog import Catalog, digest, from_bytes
 from pipeline.config import Config
-from pipeline.errors import CatalogError, InternalError, MediaError, TooLarge
+from pipeline.errors import CatalogError, InternalError, MediaError, TooLarge, Unpaired
 from pipeline.media import guard, probe
-from pipeline.media.sample import SampleSpec, plan_samples, slice_units
+from pipeline.media.align import Track
+from pipeline.media.sample import Samples, SampleSpec, plan_samples, slice_units
 from pipeline.storage import Output, Stat
 from pipeline.transient import persistently
 from topiq_core.weights import Weights
@@ -39,15 +43,12 @@ from topiq_core.weights import Weights
 # Counts up when decoding, colour or sampling changes what a score is of.
 SCORING_VERSION = 2
 _ROWS_PER_GROUP = 8192
+# Renditions of one reference frame that are decoded, and held, together.
+MOST_RENDITIONS = 8
 # Marks in `unit_index` of rows that are no units: a file that is no media, an item that is as the
 # last plan has it.
 _SKIPPED, _UNCHANGED = -1, -2
 _SIGNATURE = b"topiq_plan_signature"
-
-
-def item_id(uri: str) -> str:
-    """Identifies an item in all tables: hexadecimal, of its URI without credentials."""
-    return _digest(uri)
 
 
 @dataclass
@@ -68,8 +69,11 @@ def table_path(model: str) -> tuple[str, str]:
     return "plan", f"{model}.parquet"
 
 
-def fingerprint(config: Config, weights: Weights) -> str:
-    """Identifies everything in the options that a score depends on."""
+def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] = ()) -> str:
+    """Identifies everything in the options that a score depends on.
+
+    companions: the other models that are scored in the same go.
+    """
     parts = {
         "version": SCORING_VERSION,
         "weights": weights.sha256,
@@ -79,6 +83,10 @@ def fingerprint(config: Config, weights: Weights) -> str:
         "precision": config.precision,
         "short_side": weights.card.short_side,
     }
+    if weights.card.architecture.mode == "fr":
+        parts["pairs"] = [config.align, config.align_within_s, config.scale_to, *config.measures]
+    if companions:
+        parts["companions"] = [other.sha256 for other in companions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,16 +106,18 @@ def run(
     catalog: Catalog,
     output: Output,
     config: Config,
-    weights: Weights,
+    weights: Sequence[Weights],
     shares: cluster.Shares,
     run_id: str,
 ) -> PlanCounts:
     """Probe every item and write plan/, and failures/ for those that cannot be planned.
 
-    Each of the two files is replaced in one step. Returns what is in the plan.
+    weights: of the model to plan for; the others are planned for the same frames. Each file is
+    replaced in one step. Returns what is in the plan of the first.
     """
-    model, scoring = weights.card.name, fingerprint(config, weights)
-    planner = _Planner(config, model, scoring)
+    first, *others = weights
+    model, scoring = first.card.name, fingerprint(config, first, others)
+    planner = _Planner(config, model, scoring, first.card.architecture.mode == "fr")
     mark = {_SIGNATURE: signature(config, scoring)}
     schema = pa.schema([*schemas.PLAN, *catalog.extras], metadata=schemas.PLAN.metadata | mark)
     before = _last_plan(output, model, mark[_SIGNATURE])
@@ -134,7 +144,34 @@ def run(
                 raise CatalogError("there is no image and no video in the catalog.")
     except ray.exceptions.RayError as error:
         raise cluster.run_error(error) from error
+    for other in others:
+        _write_companion(output, model, other, schema)
     return counts
+
+
+def companion_id(unit_id: str, weights: Weights) -> str:
+    """The unit_id under which another model's scores of the frames of a unit are kept."""
+    return digest(unit_id + weights.sha256)
+
+
+def _write_companion(output: Output, model: str, other: Weights, schema: pa.Schema) -> None:
+    """The plan and the planning failures of a model, once more, for another one."""
+    for place in (table_path(model), ("failures", f"plan-{model}.parquet")):
+        folder, name = place
+        path = output.inside(*place)
+        source = pads.dataset(path, filesystem=output.arrow_filesystem())
+        kept = schema if folder == "plan" else schemas.OUTCOME
+        named = name.replace(model, other.card.name)
+        with output.parquet_writer(kept.remove_metadata(), folder, named) as writer:
+            for batch in source.to_batches(batch_size=_ROWS_PER_GROUP):
+                table = pa.Table.from_batches([batch])
+                ids = [companion_id(unit_id, other) for unit_id in table["unit_id"].to_pylist()]
+                changed = {"unit_id": ids, "model": [other.card.name] * len(ids)}
+                for column, values in changed.items():
+                    index = table.column_names.index(column)
+                    field = table.schema.field(column)
+                    table = table.set_column(index, field, pa.array(values, pa.string()))
+                writer.write_table(table.cast(kept.remove_metadata()))
 
 
 def _last_plan(output: Output, model: str, signature: bytes) -> pads.Dataset | None:
@@ -148,9 +185,10 @@ def _last_plan(output: Output, model: str, signature: bytes) -> pads.Dataset | N
 
 _KNOWN = """
 SELECT items.*, known.size_bytes AS known_size_bytes, known.mtime AS known_mtime,
-       known.etag AS known_etag
-FROM items LEFT JOIN (SELECT * FROM known WHERE unit_index = 0 AND code IS NULL) known USING (uri)
-ORDER BY items.uri
+       known.etag AS known_etag, known.reference_size_bytes AS known_reference_size_bytes,
+       known.reference_mtime AS known_reference_mtime, known.reference_etag AS known_reference_etag
+FROM items LEFT JOIN (SELECT * FROM known WHERE unit_index = 0 AND code IS NULL) known
+USING (item_id) ORDER BY items.reference_uri, items.uri
 """
 
 
@@ -176,19 +214,20 @@ def _merged(
     for table in tables:
         marks = table["unit_index"]
         counts.skipped += pc.sum(pc.equal(marks, _SKIPPED)).as_py() or 0
-        unchanged.append(table.filter(pc.equal(marks, _UNCHANGED))["uri"])
+        unchanged.append(table.filter(pc.equal(marks, _UNCHANGED))["item_id"])
         yield table.filter(pc.greater_equal(marks, 0)).cast(schema)
     if before is None or not any(map(len, unchanged)):
         return
     columns = [f'known."{name}"' for name in schemas.PLAN.names]
     columns += [f"items.{_quoted(field.name)}" for field in catalog.extras]
     connection = duckdb.connect()
-    connection.register("unchanged", pa.table({"uri": pa.chunked_array(unchanged, pa.string())}))
+    ids = pa.chunked_array(unchanged, pa.string())
+    connection.register("unchanged", pa.table({"item_id": ids}))
     connection.register("known", before)
     connection.register("items", catalog.table)
     query = (
-        f"SELECT {', '.join(columns)} FROM known JOIN items USING (uri) SEMI JOIN unchanged "
-        "USING (uri) ORDER BY known.uri, known.unit_index"
+        f"SELECT {', '.join(columns)} FROM known JOIN items USING (item_id) SEMI JOIN unchanged "
+        "USING (item_id) ORDER BY known.reference_uri, known.uri, known.unit_index"
     )
     for batch in connection.sql(query).to_arrow_reader(_ROWS_PER_GROUP):
         yield pa.Table.from_batches([batch]).cast(schema)
@@ -208,7 +247,10 @@ def _failures(planned: pa.Table, run_id: str, config: Config) -> pa.Table:
         "stage": "plan", "attempt": 1, "partial": False, "n_missing": 0,
         "host": socket.gethostname(), "run_id": run_id, "started_at": now, "finished_at": now,
     }  # fmt: skip
-    rows = [row | common | {"replay": config.replay(row["uri"])} for row in failed.to_pylist()]
+    rows = [
+        row | common | {"replay": config.replay(row["uri"], row["reference_uri"])}
+        for row in failed.to_pylist()
+    ]
     return pa.Table.from_pylist(rows, schema=schemas.OUTCOME)
 
 
@@ -250,19 +292,32 @@ class _Planner:
     config: Config
     model: str
     fingerprint: str
+    compares: bool
 
     def __call__(self, items: pa.Table, schema: pa.Schema) -> pa.Table:
-        rows = [unit for item in items.to_pylist() for unit in self._units(item)]
+        references = _References(self.config)
+        rows = [unit for item in items.to_pylist() for unit in self._units(item, references)]
         return pa.Table.from_pylist(rows, schema=schema)
 
-    def _units(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        uri, explicit = item["uri"], item.pop("explicit")
+    def _units(self, item: dict[str, Any], references: "_References") -> list[dict[str, Any]]:
+        renditions = item.pop("renditions")
+        uri, explicit, unpaired = item["uri"], item.pop("explicit"), item.pop("unpaired")
         address = from_bytes(item.pop("address"))
-        known = _stat(item, "known_")
+        against = item.pop("reference_address")
+        reference = from_bytes(against) if against and self.compares else None
+        known, known_reference = _stat(item, "known_"), _stat(item, "known_reference_")
         listed = _stat(item, "")
-        common = {**item, "item_id": item_id(uri), "model": self.model}
+        common = {**item, "model": self.model}
         try:
+            if unpaired and self.compares:
+                raise Unpaired(f"{uri}: {unpaired}")
             stat = listed or persistently(lambda: storage.stat(address), self.config.attempts)
+            if reference is not None:
+                with _naming_the_reference(uri):
+                    reference_stat = references.stat(reference)
+                if known is not None and (known, known_reference) == (stat, reference_stat):
+                    return [_mark(common, _UNCHANGED)]
+                return self._pair_units(common, (address, stat), reference, references, renditions)
             if known == stat:
                 return [_mark(common, _UNCHANGED)]
             if not explicit and not self._is_media(address):
@@ -280,22 +335,9 @@ class _Planner:
 
     def _planned(self, common: dict[str, Any], address: str, stat: Stat) -> list[dict[str, Any]]:
         config = self.config
-        if (stat.size_bytes or 0) > config.max_file_bytes:
-            raise TooLarge(
-                f"{address}: {stat.size_bytes} bytes, over the limit of {config.max_file_bytes}. "
-                "Raise max_file_bytes if that is meant."
-            )
-        spec = SampleSpec.parse(config.sample)
-        decoder = guard.shared(config.decode_memory_bytes)
-        found = decoder.probe(
-            address, config.sample, config.max_pixels, config.decode_timeout_s, config.policy
-        )
+        found = _probed(address, stat, config.sample, config)
         facts = found.facts
-        if found.timeline.duration_s > config.max_duration_s:
-            raise TooLarge(
-                f"{address}: {found.timeline.duration_s:.0f} s by its header, over the limit of "
-                f"{config.max_duration_s:.0f}. Raise max_duration_s if it is really so long."
-            )
+        spec = SampleSpec.parse(config.sample)
         frame_bytes = max(1, facts.coded_width * facts.coded_height * 3)
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
         if facts.kind == "image":
@@ -304,32 +346,153 @@ class _Planner:
         units = slice_units(samples, found.timeline.keyframe_times, most)
         common = common | asdict(facts) | asdict(stat)
         return [
-            {
-                **common,
-                "unit_id": self._unit_id(common["item_id"], stat, index, unit.times),
-                "unit_index": index,
-                "n_units": len(units),
-                "times_s": unit.times,
-                "weights_s": unit.weights,
-            }
-            for index, unit in enumerate(units)
+            self._row(common, len(units), index, unit, (stat,)) for index, unit in enumerate(units)
         ]
+
+    def _pair_units(
+        self,
+        common: dict[str, Any],
+        ours: tuple[str, Stat],
+        reference: str,
+        references: "_References",
+        renditions: int,
+    ) -> list[dict[str, Any]]:
+        """Units of an item that is compared: each with the reference frames that it needs."""
+        config, uri = self.config, common["uri"]
+        address, stat = ours
+        with _naming_the_reference(uri):
+            against, reference_stat = references.probed(reference), references.stat(reference)
+        found = persistently(lambda: _probed(address, stat, "all", config), config.attempts)
+        pairs.same_kind(uri, found, against)
+        timelines = found.timeline, against.timeline
+        if config.align == "auto" and found.facts.kind == "video":
+            sides = (address, found.timeline), (reference, against.timeline)
+            offset = pairs.offset_by_pictures(uri, sides, config.align_within_s, references.watch)
+        else:
+            offset = pairs.offset_by_start(*timelines)
+        still = found.facts.kind == "image"
+        spec = SampleSpec("all") if still else SampleSpec.parse(config.sample)
+        rule: Literal["time", "number"] = "number" if still or config.align == "none" else "time"
+        chosen = pairs.pair_frames(uri, spec, *timelines, offset.seconds, rule)
+        sizes = [f.coded_width * f.coded_height for f in (found.facts, against.facts)]
+        together = 1 + min(renditions, MOST_RENDITIONS)
+        frame_bytes = max(1, 3 * max(sizes) * together)
+        most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
+        units = slice_units(chosen.samples, (), most)
+        estimate = offset.estimate
+        common = common | asdict(found.facts) | asdict(stat) | {
+            "offset_s": None if config.align == "none" else offset.seconds,
+            "similarity": estimate and estimate.similarity,
+            "confidence": estimate and estimate.confidence,
+            "n_matched": chosen.n_matched,
+            "n_unmatched": chosen.n_unmatched,
+            "reference_crop": against.facts.crop,
+            **{f"reference_{name}": value for name, value in asdict(reference_stat).items()},
+        }  # fmt: skip
+        rows, begin = [], 0
+        for index, unit in enumerate(units):
+            end = begin + len(unit.times)
+            times = chosen.reference_times[begin:end]
+            begin = end
+            row = self._row(common, len(units), index, unit, (stat, reference_stat), times)
+            ladder = [common["reference_uri"], asdict(reference_stat), index]
+            rows.append(row | {"reference_times_s": times, "ladder_id": digest(json.dumps(ladder))})
+        return rows
+
+    def _row(
+        self,
+        common: dict[str, Any],
+        n_units: int,
+        index: int,
+        unit: Samples,
+        stats: tuple[Stat, ...],
+        reference_times: tuple[float, ...] = (),
+    ) -> dict[str, Any]:
+        """A unit. Its id changes whenever a file, the options that matter, or the cut into units
+        change.
+        """
+        made_of = [common["item_id"], self.fingerprint, *map(asdict, stats), index, unit.times]
+        return {
+            **common,
+            "unit_id": digest(json.dumps([*made_of, *reference_times])),
+            "unit_index": index,
+            "n_units": n_units,
+            "times_s": unit.times,
+            "weights_s": unit.weights,
+        }
 
     def _failed(self, common: dict[str, Any], error: MediaError) -> dict[str, Any]:
         return {
             **common,
-            "unit_id": self._unit_id(common["item_id"], None, 0, ()),
+            "unit_id": digest(json.dumps([common["item_id"], self.fingerprint])),
             "unit_index": 0,
             "n_units": 1,
             "code": error.code,
             "message": storage.redacted(str(error)),
         }
 
-    def _unit_id(
-        self, item_id: str, stat: Stat | None, index: int, times: tuple[float, ...]
-    ) -> str:
-        """Changes whenever the file, the options that matter, or the cut into units change."""
-        return _digest(json.dumps([item_id, self.fingerprint, stat and asdict(stat), index, times]))
+
+def _probed(address: str, stat: Stat, sample: str, config: Config) -> probe.Probe:
+    """What the guarded decoder finds out of a file. Raises MediaError, also for its limits."""
+    if (stat.size_bytes or 0) > config.max_file_bytes:
+        raise TooLarge(
+            f"{address}: {stat.size_bytes} bytes, over the limit of {config.max_file_bytes}. "
+            "Raise max_file_bytes if that is meant."
+        )
+    decoder = guard.shared(config.decode_memory_bytes)
+    found = decoder.probe(
+        address, sample, config.max_pixels, config.decode_timeout_s, config.policy
+    )
+    if found.timeline.duration_s > config.max_duration_s:
+        raise TooLarge(
+            f"{address}: {found.timeline.duration_s:.0f} s by its header, over the limit of "
+            f"{config.max_duration_s:.0f}. Raise max_duration_s if it is really so long."
+        )
+    return found
+
+
+class _References:
+    """What is known of references in one batch of items, where renditions share them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._probe = functools.lru_cache(maxsize=4)(self._probed)
+        self._watch = functools.lru_cache(maxsize=4)(self._tracked)
+        self.stat = functools.lru_cache(maxsize=4)(self._stat)
+
+    def probed(self, address: str) -> probe.Probe:
+        """Facts, and the times of all frames. Raises MediaError."""
+        return self._probe(address)
+
+    def watch(self, address: str, times: list[float]) -> Track:
+        """What alignment sees of some frames. Raises MediaError."""
+        return self._watch(address, tuple(times))
+
+    def _stat(self, address: str) -> Stat:
+        return persistently(lambda: storage.stat(address), self.config.attempts)
+
+    def _probed(self, address: str) -> probe.Probe:
+        stat = self.stat(address)
+        return persistently(
+            lambda: _probed(address, stat, "all", self.config), self.config.attempts
+        )
+
+    def _tracked(self, address: str, times: tuple[float, ...]) -> Track:
+        config = self.config
+        decoder = guard.shared(config.decode_memory_bytes)
+        return persistently(
+            lambda: decoder.track(address, list(times), config.max_pixels, config.decode_timeout_s),
+            config.attempts,
+        )
+
+
+@contextmanager
+def _naming_the_reference(uri: str) -> Iterator[None]:
+    """Errors of a reference become errors of the item that is compared with it."""
+    try:
+        yield
+    except MediaError as error:
+        raise type(error)(f"{uri}: its reference cannot be used: {error}") from error
 
 
 def _stat(item: dict[str, Any], prefix: str) -> Stat | None:
@@ -341,7 +504,3 @@ def _stat(item: dict[str, Any], prefix: str) -> Stat | None:
 def _mark(common: dict[str, Any], kind: int) -> dict[str, Any]:
     """A row that is no unit."""
     return {**common, "unit_id": "", "unit_index": kind, "n_units": 0}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]

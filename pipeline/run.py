@@ -16,7 +16,19 @@ from typing import Any
 import av
 import ray
 
-from pipeline import aggregate, catalog, cluster, commits, lease, plan, schemas, score, stages
+from pipeline import (
+    aggregate,
+    catalog,
+    cluster,
+    commits,
+    lease,
+    plan,
+    schemas,
+    score,
+    score_pairs,
+    stages,
+    storage,
+)
 from pipeline.config import Config
 from pipeline.errors import BY_CODE, ConfigError, OutputError, ScorersDied, TooManyFailures
 from pipeline.monitor import Monitor
@@ -62,12 +74,23 @@ class _Run:
     found: catalog.Catalog
     output: Output
     config: Config
-    weights: Weights
+    weights: list[Weights]
     event: Event
 
     @property
     def model(self) -> str:
-        return self.weights.card.name
+        """The first model: the plan is made for it, and the others follow."""
+        return self.weights[0].card.name
+
+    @property
+    def models(self) -> list[str]:
+        """All models, by name."""
+        return [weights.card.name for weights in self.weights]
+
+    @property
+    def compares(self) -> bool:
+        """Whether items are compared with references."""
+        return self.weights[0].card.architecture.mode == "fr"
 
 
 def score_catalog(source: str, out: str, config: Config, event: Event) -> Summary:
@@ -92,14 +115,14 @@ def _run_steps(run: _Run) -> Summary:
         for uri, code, message in aggregate.planning_failures(run.output, run.model):
             event("item_failed", uri=uri, code=code, message=message)
         score_seconds = _score(run, shares, planned)
-        counts = aggregate.run(run.output, run.model, run.config.pooling)
-        found = stages.of_run(run.output, run.run_id, shares, score_seconds)
+        counts, *_ = (aggregate.run(run.output, model, run.config.pooling) for model in run.models)
+        found = stages.of_run(run.output, run.run_id, run.model, shares, score_seconds)
         record["stages"] = {"decode": asdict(found.decode), "score": asdict(found.score)}
         held_up = stages.verdict(found, shares)
         summary = Summary(
             run_id=run.run_id,
             output=run.output.url,
-            model=run.model,
+            model=",".join(run.models),
             items=counts.items,
             scored=counts.scored,
             partial=counts.partial,
@@ -175,13 +198,13 @@ def _last_record(output: Output) -> dict[str, Any]:
 def _open(source: str, out: str, config: Config, event: Event) -> _Run:
     """Everything that can go wrong before Ray is needed goes wrong here."""
     config = _with_absolute_paths(config)
-    found = catalog.read(source)
-    weights = weights_file.resolve(config.model, config.weights, config.verify_weights)
-    if weights.card.architecture.mode != "nr":
-        raise ConfigError(
-            f"{weights.card.name} compares with a reference; `topiq score` takes no-reference "
-            "models. Pairs are scored in Python: Scorer.score_pairs()."
-        )
+    config, weights = _resolved_models(config)
+    if weights[0].card.architecture.mode == "fr":
+        found = catalog.read_pairs(source, config.references)
+    elif config.references.given:
+        raise ConfigError(f"{config.model} takes no reference: choose a model that compares.")
+    else:
+        found = catalog.read(source)
     output = Output(out)
     output.create()
     _refuse_foreign(output)
@@ -194,6 +217,22 @@ def _open(source: str, out: str, config: Config, event: Event) -> _Run:
         found=len(found.table),
     )
     return _Run(run_id, source, found, output, config, weights, event)
+
+
+def _resolved_models(config: Config) -> tuple[Config, list[Weights]]:
+    """The models' weights, one that compares first, as the plan is made for it."""
+    found = [
+        (name, place, weights_file.resolve(name, place, config.verify_weights))
+        for name, place in config.models
+    ]
+    found.sort(key=lambda model: model[2].card.architecture.mode != "fr")
+    names = [weights.card.name for *_, weights in found]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"model '{config.model}': two of them are called the same.")
+    changes = {"model": ",".join(name for name, *_ in found)}
+    if config.weights is not None:
+        changes["weights"] = ",".join(place or "" for _, place, _ in found)
+    return config.model_copy(update=changes), [weights for *_, weights in found]
 
 
 def _plan(run: _Run, shares: cluster.Shares) -> plan.PlanCounts:
@@ -221,9 +260,11 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
 def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> None:
     """Score all that is open. Goes on after a loss of scorers, as long as anything got done."""
     plan_path = run.output.inside(*plan.table_path(run.model))
+    graph = score_pairs.LADDERS if run.compares else score.UNITS
     while True:
         try:
             return score.run(
+                graph,
                 plan_path,
                 to_do,
                 _addresses(run.found),
@@ -245,12 +286,15 @@ def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> 
 def _addresses(found: catalog.Catalog) -> dict[str, str]:
     """By item_id, the addresses that are more than the URI in the tables, as with credentials.
 
-    They are handed to the workers in memory and written nowhere.
+    Those of references by the item_id of their URI. They are handed to the workers in memory and
+    written nowhere.
     """
-    uris = found.table["uri"].to_pylist()
-    addresses = map(catalog.from_bytes, found.table["address"].to_pylist())
-    pairs = zip(uris, addresses, strict=True)
-    return {plan.item_id(uri): address for uri, address in pairs if uri != address}
+    columns = {name: found.table[name].to_pylist() for name in catalog.COLUMNS.names[:5]}
+    items = zip(columns["item_id"], columns["uri"], columns["address"], strict=True)
+    references = zip(columns["reference_uri"], columns["reference_address"], strict=True)
+    named = [*items, *((catalog.item_id(uri), uri, place) for uri, place in references if uri)]
+    read = ((name, uri, catalog.from_bytes(place)) for name, uri, place in named)
+    return {name: place for name, uri, place in read if uri != place}
 
 
 @contextmanager
@@ -295,10 +339,21 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def _with_absolute_paths(config: Config) -> Config:
     """Workers have another current folder: paths in the options must not depend on it."""
     changes = {}
-    if Path(config.model).suffix == ".safetensors":
-        changes["model"] = str(Path(config.model).absolute())
-    if config.weights and "://" not in config.weights:
-        changes["weights"] = str(Path(config.weights).expanduser().absolute())
+    names, places = zip(*config.models, strict=True)
+    changes["model"] = ",".join(
+        str(Path(name).absolute()) if Path(name).suffix == ".safetensors" else name
+        for name in names
+    )
+    if config.weights is not None:
+        changes["weights"] = ",".join(
+            str(Path(place).expanduser().absolute())
+            if place and "://" not in place
+            else place or ""
+            for place in places
+        )
+    for name in ("reference", "reference_root"):
+        if value := getattr(config, name):
+            changes[name] = storage.absolute(value)
     return config.model_copy(update=changes)
 
 
@@ -336,12 +391,14 @@ def _new_record(run: _Run) -> dict[str, Any]:
             name: redacted(value) if isinstance(value, str) else value
             for name, value in run.config.model_dump(mode="json").items()
         },
-        "weights": {
-            "model": run.model,
-            "sha256": run.weights.sha256,
-            "licence": run.weights.card.licence,
-        },
+        "weights": _weights_record(run.weights[0]),
+        "companions": [_weights_record(weights) for weights in run.weights[1:]],
     }
+
+
+def _weights_record(weights: Weights) -> dict[str, str]:
+    card = weights.card
+    return {"model": card.name, "sha256": weights.sha256, "licence": card.licence}
 
 
 def _now() -> str:

@@ -35,6 +35,18 @@ _FACTS = [
 ]
 
 FACT_NAMES = [f.name for f in _FACTS]
+STATS = ("size_bytes", "mtime", "etag")
+
+_PAIR = [
+    pa.field("reference_uri", pa.string()),
+    pa.field("offset_s", pa.float64()),
+    pa.field("similarity", pa.float64()),
+    pa.field("confidence", pa.float64()),
+    pa.field("n_matched", pa.int32()),
+    pa.field("n_unmatched", pa.int32()),
+]
+
+MEASURES = ("psnr_y", "psnr_weighted", "ssim", "ms_ssim")
 
 FRAME_FORM = pa.struct(
     [
@@ -54,6 +66,7 @@ FRAME_FORM = pa.struct(
         pa.field("peak_nits", pa.float64()),
         pa.field("gamut_mapped", pa.bool_()),
         pa.field("deinterlaced", pa.bool_()),
+        pa.field("scaled_from", pa.string()),
     ]
 )
 
@@ -73,6 +86,13 @@ PLAN = _versioned(
         *_FACTS,
         pa.field("code", pa.string()),
         pa.field("message", pa.string()),
+        *_PAIR,
+        pa.field("ladder_id", pa.string()),
+        pa.field("reference_times_s", pa.list_(pa.float64())),
+        pa.field("reference_crop", pa.string()),
+        pa.field("reference_size_bytes", pa.int64()),
+        pa.field("reference_mtime", pa.float64()),
+        pa.field("reference_etag", pa.string()),
     ]
 )
 """plan/: one row per work unit. Columns of the manifest follow, if there was one."""
@@ -100,6 +120,9 @@ OUTCOME = _versioned(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("started_at", pa.timestamp("us", tz="UTC")),
         pa.field("finished_at", pa.timestamp("us", tz="UTC")),
+        pa.field("reference_uri", pa.string()),
+        pa.field("reference_pts_s", pa.list_(pa.float64())),
+        *(pa.field(name, pa.list_(pa.float64())) for name in MEASURES),
     ]
 )
 """frame_scores/ and failures/: what became of each work unit. One schema, two folders."""
@@ -113,6 +136,17 @@ DECODED = pa.schema(
     ]
 )
 """Between the decode and the score stage, in memory only: frames are uint8 RGB, row by row."""
+
+LADDER = pa.schema(
+    [
+        pa.field("outcomes", pa.list_(pa.struct([f for f in OUTCOME if f.name != "score_s"]))),
+        pa.field("first", pa.list_(pa.int32())),
+        pa.field("against", pa.list_(pa.list_(pa.int32()))),
+        *(f for f in DECODED if f.name in ("frames", "widths", "heights")),
+    ]
+)
+"""The same for units that share a reference, one row for all: `first` is where in `frames` each
+unit's begin, `against` says for each of them which frame is its reference's."""
 
 
 def scores(names: tuple[str, ...], extras: list[pa.Field]) -> pa.Schema:
@@ -133,6 +167,8 @@ def scores(names: tuple[str, ...], extras: list[pa.Field]) -> pa.Schema:
             *(f for f in _FACTS if f.name not in ("coded_width", "coded_height")),
             *(f for f in FRAME_FORM if f.name not in ("width", "height", "pix_fmt")),
             pa.field("run_id", pa.string()),
+            *_PAIR,
+            *(pa.field(name, pa.float64()) for name in MEASURES),
             *extras,
         ]
     )

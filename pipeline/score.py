@@ -10,14 +10,15 @@
 
 A unit is done when its row is committed, in either folder; the same command then leaves it out.
 Rows are independent: no shuffle, no barrier, and what a unit's row holds depends on it alone.
+Units that share a reference pass through `score_pairs` instead, with the same ends.
 """
 
 import socket
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,27 +40,51 @@ from pipeline.errors import (
 )
 from pipeline.media import guard
 from pipeline.media.guard import Frames
+from pipeline.plan import companion_id
 from pipeline.storage import Output, redacted
 from pipeline.transient import persistently
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights
 
+if TYPE_CHECKING:
+    from topiq_core.scorer import Scorer
+
 # The folder that a row is written to, as a partition column of Ray Data's writer.
 _FOLDER = "folder"
 
 
+@dataclass(frozen=True)
+class Graph:
+    """The stages between plan/ and the written rows.
+
+    columns: of the plan. gather: from the rows of a block to rows that are each decoded as one;
+    None when they are that already. decode: a generator function, called with a batch of one row
+    and the arguments of `decode_units`. score: an actor class, constructed as `ScoreUnits` is.
+    most_units: how many units a gathered row may hold.
+    """
+
+    columns: tuple[str, ...]
+    gather: Callable[[pa.Table], pa.Table] | None
+    decode: Callable[..., Iterator[pa.Table]]
+    score: "type[ScoreUnits]"
+    most_units: int = 1
+
+
 def run(
+    graph: Graph,
     plan_path: str,
     n_units: int,
     addresses: dict[str, str],
     output: Output,
     config: Config,
-    weights: Weights,
+    weights: Sequence[Weights],
     shares: cluster.Shares,
     monitor: Any,
     run_id: str,
 ) -> None:
     """Score every planned unit that is not committed yet. Raises TooManyFailures, RunError.
+
+    weights: of the models, in the order of the options' names; the plan is that of the first.
 
     addresses: where to read items, by item_id, whose URI in the plan had credentials taken out.
     """
@@ -72,16 +97,25 @@ def run(
         units = ray.data.read_parquet(
             plan_path,
             filesystem=output.arrow_filesystem(),
-            columns=_PLAN_COLUMNS,
+            columns=list(graph.columns),
             num_cpus=shares.light_cpus,
-        ).repartition(target_num_rows_per_block=rows)
+        )
+        if graph.gather is not None:
+            units = units.map_batches(
+                graph.gather,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=shares.light_cpus,
+                ray_remote_args_fn=cluster.bounded_retries,
+            )
+        units = units.repartition(target_num_rows_per_block=max(1, rows // graph.most_units))
         outcomes = units.map_batches(
-            decode_units,
+            graph.decode,
             fn_args=(
                 config,
                 run_id,
                 addresses,
-                commits.earlier_attempts(output, weights.card.name),
+                commits.earlier_attempts(output, weights[0].card.name),
             ),
             batch_size=1,
             batch_format="pyarrow",
@@ -89,7 +123,7 @@ def run(
             num_cpus=shares.decode_cpus,
             ray_remote_args_fn=cluster.bounded_retries,
         ).map_batches(
-            ScoreUnits,
+            graph.score,
             fn_constructor_args=(config, weights, shares, monitor),
             batch_size=config.units_per_batch if shares.actor_gpus else None,
             batch_format="pyarrow",
@@ -112,10 +146,10 @@ def run(
         context.checkpoint_config, context.execution_no_progress_timeout_s = before
 
 
-_PLAN_COLUMNS = [
+PLAN_COLUMNS = (
     "unit_id", "item_id", "uri", "kind", "model", "unit_index", "times_s", "weights_s", "crop",
-    "code",
-]  # fmt: skip
+    "code", "reference_uri",
+)  # fmt: skip
 
 
 def _checkpoint(output: Output) -> CheckpointConfig:
@@ -169,16 +203,7 @@ def _decode_unit(
     unit: dict[str, Any], config: Config, run_id: str, attempts_before: int
 ) -> pa.Table:
     started = time.perf_counter()
-    row = {
-        **{name: unit[name] for name in ("unit_id", "item_id", "uri", "kind", "model")},
-        "unit_index": unit["unit_index"],
-        "attempt": attempts_before,
-        "partial": False,
-        "n_missing": 0,
-        "host": socket.gethostname(),
-        "run_id": run_id,
-        "started_at": datetime.now(UTC),
-    }
+    row = begun(unit, run_id, attempts_before)
     found = _NOTHING
 
     def attempt() -> Frames:
@@ -193,19 +218,30 @@ def _decode_unit(
             "n_missing": found.missing,
             "pts_s": found.pts_s,
             "weight_s": found.weight_s,
-            "frame": _form(found),
+            "frame": form(found),
             "wait_s": found.wait_s,
         }
-    except MediaError as error:
-        row |= failure("decode", error, unit["uri"], config) | {"pts_s": unit["times_s"]}
     except Exception as error:
-        wrapped = InternalError(f"{unit['uri']}: {type(error).__name__}: {error}")
-        row |= failure("decode", wrapped, unit["uri"], config) | {"pts_s": unit["times_s"]}
+        row |= failure("decode", error, unit, config) | {"pts_s": unit["times_s"]}
     row["decode_s"] = time.perf_counter() - started
     return _with_frames(row, found)
 
 
 _NOTHING = Frames([], [], [], [], b"")
+
+
+def begun(unit: dict[str, Any], run_id: str, attempts_before: int) -> dict[str, Any]:
+    """The columns of a unit's row that are known before anything is done."""
+    same = ("unit_id", "item_id", "uri", "kind", "model", "unit_index", "reference_uri")
+    return {
+        **{name: unit[name] for name in same},
+        "attempt": attempts_before,
+        "partial": False,
+        "n_missing": 0,
+        "host": socket.gethostname(),
+        "run_id": run_id,
+        "started_at": datetime.now(UTC),
+    }
 
 
 def _decode(unit: dict[str, Any], config: Config) -> Frames:
@@ -218,14 +254,22 @@ def _decode(unit: dict[str, Any], config: Config) -> Frames:
         address, unit["times_s"], unit["weights_s"],
         config.max_pixels, 2 * config.unit_bytes, timeout, config.policy, unit["crop"],
     )  # fmt: skip
-    if found.problem and config.on_partial == "fail":
-        raise DecodeError(f"{address}: only a part can be decoded ({found.problem}).")
+    refuse_partial(found, address, config)
     return found
 
 
-def _form(found: Frames) -> dict[str, Any]:
+def refuse_partial(found: Frames, address: str, config: Config) -> None:
+    """Raises DecodeError when the material is not whole and the options want it so."""
+    if found.problem and config.on_partial == "fail":
+        raise DecodeError(f"{address}: only a part can be decoded ({found.problem}).")
+
+
+def form(found: Frames) -> dict[str, Any]:
+    """What the first frame was and how it became RGB."""
     look = asdict(found.look) if found.look else {}
-    return {"width": found.widths[0], "height": found.heights[0], **look}
+    width, height = found.widths[0], found.heights[0]
+    scaled_from = None if found.unscaled == f"{width}x{height}" else found.unscaled
+    return {"width": width, "height": height, **look, "scaled_from": scaled_from}
 
 
 def _with_frames(row: dict[str, Any], found: Frames) -> pa.Table:
@@ -247,13 +291,15 @@ def _with_frames(row: dict[str, Any], found: Frames) -> pa.Table:
     return table
 
 
-def failure(stage: str, error: MediaError, uri: str, config: Config) -> dict[str, Any]:
-    """The columns that say why a unit failed."""
+def failure(stage: str, error: Exception, unit: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The columns that say why a unit failed. What is no MediaError is a fault of ours."""
+    if not isinstance(error, MediaError):
+        error = InternalError(f"{unit['uri']}: {type(error).__name__}: {error}")
     return {
         "stage": stage,
         "code": error.code,
         "message": redacted(str(error)),
-        "replay": config.replay(uri),
+        "replay": config.replay(unit["uri"], unit["reference_uri"]),
     }
 
 
@@ -264,58 +310,76 @@ class ScoreUnits:
     """An actor that holds the model. Rows of frames in, the same rows with scores out."""
 
     def __init__(
-        self, config: Config, weights: Weights, shares: cluster.Shares, monitor: Any
+        self, config: Config, weights: Sequence[Weights], shares: cluster.Shares, monitor: Any
     ) -> None:
         import torch
 
         from topiq_core.scorer import Scorer
 
         torch.set_num_threads(shares.threads)
-        self.scorer = Scorer.load(
-            config.model,
-            weights=config.weights,
-            # A GPU that was booked but does not work must be an error, not a slow night on CPUs.
-            device="cuda" if shares.actor_gpus else "cpu",
-            precision=config.precision,
-            verify=config.verify_weights,
-        )
-        if self.scorer.sha256 != weights.sha256:
-            raise RunError(f"{weights.card.name}: this node has other weights than the driver.")
+        self.weights = weights
+        self.scorers = [
+            Scorer.load(
+                name,
+                weights=place,
+                # A booked GPU that does not work must be an error, not a slow night on CPUs.
+                device="cuda" if shares.actor_gpus else "cpu",
+                precision=config.precision,
+                verify=config.verify_weights,
+            )
+            for name, place in config.models
+        ]
+        for scorer, expected in zip(self.scorers, weights, strict=True):
+            if scorer.sha256 != expected.sha256:
+                name = expected.card.name
+                raise RunError(f"{name}: this node has other weights than the driver.")
         self.config = config
         self.monitor = monitor
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Frames of all rows are scored together, so that sizes batch across videos."""
         rows = batch.drop_columns(["frames", "widths", "heights"]).to_pylist()
-        views = [list(_frames(batch, index)) for index in range(batch.num_rows)]
-        started = time.perf_counter()
-        results = self._score_rows(views)
-        seconds = time.perf_counter() - started
+        views = [list(frames_of(batch, index)) for index in range(batch.num_rows)]
+        results = [timed(self._score_rows, scorer, views) for scorer in self.scorers]
         total = sum(len(v) for v in views) or 1
-        for row, frames, result in zip(rows, views, results, strict=True):
-            row["score_s"] = seconds * len(frames) / total
-            row["finished_at"] = datetime.now(UTC)
-            if isinstance(result, MediaError):
-                row |= {"weight_s": None, "score": None}
-                row |= failure("score", result, row["uri"], self.config)
-                row["message"] = f"{row['uri']}: {result}"
-            elif row["code"] is None:
-                row["score"] = result
-            self._report(row)
-            row[_FOLDER] = "failures" if row["code"] else "frame_scores"
-            yield pa.Table.from_pylist([row], schema=_written_schema())
+        for index, (row, frames) in enumerate(zip(rows, views, strict=True)):
+            share = len(frames) / total
+            yield self._finished(row, [(found[index], share * s) for found, s in results])
 
-    def _score_rows(self, views: list[list[Any]]) -> list[Any]:
+    def _finished(self, row: dict[str, Any], results: list[tuple[Any, float]]) -> pa.Table:
+        """The rows as they are written: one for each model, with its scores and its seconds.
+
+        results: scores, or the MediaError that came instead; then no model has scores of the unit,
+        so that what is done can be told by the rows of the first one.
+        """
+        row["finished_at"] = datetime.now(UTC)
+        errors = [result for result, _ in results if isinstance(result, MediaError)]
+        if errors:
+            row |= {"weight_s": None, **failure("score", errors[0], row, self.config)}
+            row["message"] = f"{row['uri']}: {errors[0]}"
+        row[_FOLDER] = "failures" if row["code"] else "frame_scores"
+        rows = []
+        for weights, (result, seconds) in zip(self.weights, results, strict=True):
+            own = row | {"score": None if row["code"] else result, "score_s": seconds}
+            if weights is not self.weights[0]:
+                own |= {
+                    "unit_id": companion_id(row["unit_id"], weights),
+                    "model": weights.card.name,
+                    **dict.fromkeys(("decode_s", "wait_s", *schemas.MEASURES)),
+                }
+            rows.append(own)
+        self._report(rows[0])
+        return pa.Table.from_pylist(rows, schema=_written_schema())
+
+    def _score_rows(self, scorer: "Scorer", views: list[list[Any]]) -> list[Any]:
         """Scores of each row's frames; when that fails, row by row, to find the one at fault."""
         flat = [frame for frames in views for frame in frames]
         try:
-            scores = self.scorer.score(flat)
-            if not np.isfinite(scores).all():
-                raise ArithmeticError("the network gave a score that is not a number")
+            scores = finite(scorer.score(flat))
         except Exception as error:
             if len(views) == 1:
-                return [_as_media_error(error)]
-            return [self._score_rows([frames])[0] for frames in views]
+                return [as_media_error(error)]
+            return [self._score_rows(scorer, [frames])[0] for frames in views]
         ends = np.cumsum([len(v) for v in views])
         return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
 
@@ -326,7 +390,20 @@ class ScoreUnits:
             raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
 
 
-def _frames(batch: pa.Table, index: int) -> Iterator[Any]:
+def timed(work: Callable[..., list[Any]], *given: Any) -> tuple[list[Any], float]:
+    """What comes of a call, and the seconds that it takes."""
+    started = time.perf_counter()
+    return work(*given), time.perf_counter() - started
+
+
+def finite(scores: Any) -> Any:
+    """The scores. Raises ArithmeticError when one of them is none."""
+    if not np.isfinite(scores).all():
+        raise ArithmeticError("the network gave a score that is not a number")
+    return scores
+
+
+def frames_of(batch: pa.Table, index: int) -> Iterator[Any]:
     """The frames of a row as uint8 [H,W,3], views of the batch's own memory."""
     blobs = batch["frames"][index].values
     if blobs is None:
@@ -336,10 +413,15 @@ def _frames(batch: pa.Table, index: int) -> Iterator[Any]:
         yield np.frombuffer(blob.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
 
 
-def _as_media_error(error: Exception) -> MediaError:
+def as_media_error(error: Exception) -> MediaError:
+    """What a failure to score means for the item."""
     if isinstance(error, FrameError):
         return TooSmall(str(error))
     text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return OutOfMemory("scoring one frame needs more memory than there is; lower max_pixels.")
     return InternalError(f"scoring: {type(error).__name__}: {error}")
+
+
+UNITS = Graph(PLAN_COLUMNS, None, decode_units, ScoreUnits)
+"""Each unit by itself: no-reference models."""

@@ -43,24 +43,29 @@ class Stages:
 
 
 _QUERY = """
-SELECT coalesce(sum(len(score)), 0)::BIGINT,
-       coalesce(sum(len(score) * frame.width::BIGINT * frame.height), 0)::BIGINT,
+SELECT coalesce(sum(len(score)) FILTER (model = $model), 0)::BIGINT,
+       coalesce(
+           sum(len(score) * frame.width::BIGINT * frame.height) FILTER (model = $model), 0
+       )::BIGINT,
        coalesce(sum(decode_s), 0),
        coalesce(sum(wait_s), 0),
        coalesce(sum(score_s), 0)
 FROM table_of_run
-WHERE run_id = ?
+WHERE run_id = $run_id
 """
 
 
-def of_run(output: Output, run_id: str, shares: Shares, seconds: float) -> Stages:
-    """What the rows that a run wrote in `seconds` of scoring tell of its stages."""
+def of_run(output: Output, run_id: str, model: str, shares: Shares, seconds: float) -> Stages:
+    """What the rows that a run wrote in `seconds` of scoring tell of its stages.
+
+    Frames are counted once, by the rows of `model`; the seconds are those of all models.
+    """
     connection = duckdb.connect()
     files = output.parquet_files("frame_scores")
     if files:
         rows = pads.dataset(files, schema=schemas.OUTCOME, filesystem=output.arrow_filesystem())
         connection.register("table_of_run", rows)
-        found = connection.execute(_QUERY, [run_id]).fetchall()[0]
+        found = connection.execute(_QUERY, {"run_id": run_id, "model": model}).fetchall()[0]
     else:
         found = (0, 0, 0.0, 0.0, 0.0)
     frames, pixels, decode_s, wait_s, score_s = found

@@ -16,10 +16,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from av.video.frame import VideoFrame
+
 from pipeline.errors import DecodeMemory, InternalError, MediaError
 from pipeline.media import decode, image, probe, wire
 from pipeline.media.colour import RGB, Policy
+from pipeline.media.planes import Planes, planes_of
 from pipeline.media.sample import SampleSpec
+from pipeline.media.scale import scaled
+from pipeline.media.track import track
 
 _PR_SET_PDEATHSIG = 1
 
@@ -73,32 +80,75 @@ def _decode_video(
     max_bytes: int,
     policy: dict[str, Any],
     crop: str | None,
+    size: tuple[int, int] | None,
+    planes: bool,
+    form: str | None,
 ) -> dict[str, Any]:
+    """`size`: width and height that frames are brought to. `planes`: whether their stored planes
+    are wanted too, and `form`: `WIDTHxHEIGHT PIX_FMT` that those are brought to.
+    """
+    forms: list[str] = []
+    stored: list[Planes] = []
+
+    def see(frame: VideoFrame) -> None:
+        if not planes:
+            return
+        if form is not None:
+            shape, pix_fmt = form.split()
+            width, height = map(int, shape.split("x"))
+            frame = frame.reformat(width, height, pix_fmt, interpolation="BICUBIC")
+        forms.append(f"{frame.width}x{frame.height} {frame.format.name}")
+        try:
+            stored.append(planes_of(frame))
+        except ValueError:  # RGB and palettes have none
+            stored.append(Planes(_NO_PLANE, None, None, 8))
+
+    def take(rgb: RGB) -> None:
+        frames.write(rgb, size)
+        if stored:
+            frames.write_planes(stored.pop())
+
     limits = decode.Limits(max_pixels, max_bytes)
     found = decode.decode_at(
-        url, times, weights, limits, frames.write, policy=Policy(**policy), crop=crop
+        url, times, weights, limits, take, policy=Policy(**policy), crop=crop, see=see
     )
     return {
         "pts_s": [shot.pts_s for shot in found.shots],
         "weight_s": [shot.weight_s for shot in found.shots],
         "sizes": frames.sizes,
+        "planes": frames.planes,
+        "form": forms[0] if forms else None,
+        "unscaled": frames.unscaled,
         "look": found.look and asdict(found.look),
         "missing": found.missing,
         "problem": found.problem,
     }
 
 
+_NO_PLANE = np.empty((0, 0), np.uint8)
+
+
 def _decode_image(
-    frames: "_FrameFile", url: str, max_pixels: int, alpha: image.Background
+    frames: "_FrameFile",
+    url: str,
+    max_pixels: int,
+    alpha: image.Background,
+    size: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    frames.write(image.decode(url, max_pixels, alpha))
-    return {"sizes": frames.sizes}
+    frames.write(image.decode(url, max_pixels, alpha), size)
+    return {"sizes": frames.sizes, "unscaled": frames.unscaled}
+
+
+def _track(_: "_FrameFile", url: str, times: list[float], max_pixels: int) -> dict[str, Any]:
+    found = track(url, times, max_pixels)
+    return {"pts_s": found.pts_s.tolist(), "features": found.features.round(3).tolist()}
 
 
 _ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {
     "probe": _probe,
     "decode_video": _decode_video,
     "decode_image": _decode_image,
+    "track": _track,
 }
 
 
@@ -107,6 +157,8 @@ class _FrameFile:
 
     def __init__(self) -> None:
         self.sizes: list[tuple[int, int]] = []
+        self.planes: list[dict[str, Any]] = []
+        self.unscaled: str | None = None
         if hasattr(os, "memfd_create"):
             self.number = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
@@ -119,11 +171,25 @@ class _FrameFile:
     def __exit__(self, *_: object) -> None:
         os.close(self.number)
 
-    def write(self, rgb: RGB) -> None:
-        rest = rgb.data.cast("B")
+    def write(self, rgb: RGB, size: tuple[int, int] | None) -> None:
+        """A frame, brought to `size` (width, height)."""
+        self.unscaled = self.unscaled or f"{rgb.shape[1]}x{rgb.shape[0]}"
+        rgb = scaled(rgb, *size) if size else rgb
+        self._append(rgb)
+        self.sizes.append((rgb.shape[0], rgb.shape[1]))
+
+    def write_planes(self, planes: Planes) -> None:
+        """After the frame that they are of."""
+        parts = [part for part in (planes.y, planes.u, planes.v) if part is not None]
+        for part in parts:
+            if part.size:
+                self._append(part)
+        self.planes.append({"bits": planes.bits, "shapes": [part.shape for part in parts]})
+
+    def _append(self, pixels: npt.NDArray[Any]) -> None:
+        rest = np.ascontiguousarray(pixels).data.cast("B")
         while rest:
             rest = rest[os.write(self.number, rest) :]
-        self.sizes.append((rgb.shape[0], rgb.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,14 @@ def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
         image = np.empty((*red.shape, 3), np.uint8)
         for index, plane in enumerate((red, green, blue)):
             image[:, :, index] = _rounding_table(top)[plane] if deep else plane
-    if look.mirrored:
+    return upright(image, look.rotation, look.mirrored)
+
+
+def upright(image: RGB, rotation: int, mirrored: bool) -> RGB:
+    """A picture [H, W] or [H, W, 3] as it is to be shown: see `orientation`."""
+    if mirrored:
         image = image[:, ::-1]
-    turns = (-look.rotation // 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns))
+    return np.ascontiguousarray(np.rot90(image, (-rotation // 90) % 4))
 
 
 def _planes(frame: VideoFrame, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:

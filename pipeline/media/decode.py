@@ -88,16 +88,19 @@ def decode_at(
     take: Callable[[RGB], None] | None = None,
     policy: Policy = DEFAULT_POLICY,
     crop: str | None = None,
+    see: Callable[[VideoFrame], None] | None = None,
+    convert: bool = True,
 ) -> Decoded:
     """Decode the frame on screen at each of `times` (seconds, ascending).
 
     A frame on screen at several of them comes once, with their weights added. Damage is passed
     over as a player would do, and reported in `problem`. take: is given each frame as soon as it
     is decoded; shots then hold no pixels. crop: the part of the upright picture that is wanted, as
-    `letterbox` writes it. Raises MediaError when nothing at all could be decoded.
+    `letterbox` writes it. see: is shown each frame before that, as it was stored. convert: whether
+    RGB is wanted at all. Raises MediaError when nothing at all could be decoded.
     """
     with open_video(url, limits.max_pixels, _places(times)) as (container, stream):
-        decoder = _Decoder(url, container, stream, limits, take, policy, crop)
+        decoder = _Decoder(url, container, stream, limits, take, policy, crop, see, convert)
         return decoder.run(times, weights)
 
 
@@ -111,9 +114,11 @@ class _Decoder:
         take: Callable[[RGB], None] | None,
         policy: Policy,
         crop: str | None,
+        see: Callable[[VideoFrame], None] | None,
+        convert: bool,
     ) -> None:
         self.url, self.container, self.stream = url, container, stream
-        self.limits, self.take = limits, take
+        self.limits, self.take, self.see, self.convert = limits, take, see, convert
         self.policy, self.crop = policy, Box.parse(crop) if crop else None
         self.lead_s = 0.0
         self.bytes = 0
@@ -214,7 +219,9 @@ class _Decoder:
             )
         # Cut short by a damaged packet, and so the last one before a hole, or patched up.
         self.concealed += bool(frame.is_corrupt)
-        rgb = self._converted(frame)
+        if self.see is not None:
+            self.see(frame)
+        rgb = self._converted(frame) if self.convert else _NO_PIXELS
         if self.take is not None:
             self.take(rgb)
             rgb = _NO_PIXELS

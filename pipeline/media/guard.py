@@ -7,15 +7,20 @@ Frames come through memory that both share, without being copied or pickled.
 """
 
 import fcntl
+import math
 import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import (
     BY_CODE,
@@ -24,8 +29,10 @@ from pipeline.errors import (
     InternalError,
 )
 from pipeline.media import wire
+from pipeline.media.align import Track
 from pipeline.media.colour import DEFAULT_POLICY, Look, Policy
 from pipeline.media.image import Background
+from pipeline.media.planes import Planes
 from pipeline.media.probe import Facts, Probe
 from pipeline.media.sample import Timeline
 
@@ -36,7 +43,11 @@ _START_S = 120.0
 
 @dataclass(frozen=True)
 class Frames:
-    """What became of one work unit's samples. `pixels` holds the frames' RGB end to end."""
+    """What became of one work unit's samples.
+
+    `pixels` holds the frames' RGB end to end, each followed by its planes where those were asked
+    for; `planes` says of which form those are.
+    """
 
     pts_s: list[float]
     weight_s: list[float]
@@ -50,6 +61,32 @@ class Frames:
     """Why frames are missing or doubtful; None when all went well."""
     wait_s: float = 0.0
     """Seconds in which the child neither computed nor waited for a CPU: it waited for storage."""
+    planes: list[dict[str, Any]] = field(default_factory=list)
+    form: str | None = None
+    """`WIDTHxHEIGHT PIX_FMT` of the planes, when there are any."""
+    unscaled: str | None = None
+    """`WIDTHxHEIGHT` of the first frame before it was brought to the size asked for."""
+
+    def pictures(self) -> Iterator[tuple[npt.NDArray[np.uint8], Planes | None]]:
+        """Each frame as uint8 RGB [H, W, 3], and its planes; views of `pixels`."""
+        at = 0
+
+        def take(shape: Sequence[int], dtype: str) -> npt.NDArray[Any]:
+            nonlocal at
+            count = math.prod(shape)
+            out = np.frombuffer(self.pixels, dtype, count, at).reshape(shape)
+            at += out.nbytes
+            return out
+
+        for index, (height, width) in enumerate(zip(self.heights, self.widths, strict=True)):
+            rgb = take((height, width, 3), "u1")
+            if not self.planes:
+                yield rgb, None
+                continue
+            bits, shapes = self.planes[index]["bits"], self.planes[index]["shapes"]
+            parts = [take(shape, "u1" if bits <= 8 else "u2") for shape in shapes]
+            y, u, v = parts if len(parts) == 3 else (parts[0], None, None)
+            yield rgb, Planes(y, u, v, bits) if y.size else None
 
 
 class Guard:
@@ -92,28 +129,47 @@ class Guard:
         timeout_s: float,
         policy: Policy = DEFAULT_POLICY,
         crop: str | None = None,
+        size: tuple[int, int] | None = None,
+        planes: bool = False,
+        form: str | None = None,
     ) -> Frames:
-        """`decode.decode_at`, in the child."""
+        """`decode.decode_at`, in the child.
+
+        size: width and height to bring frames to. planes: whether their stored planes are wanted
+        as well; form: `Frames.form` of a reference, to which those are brought.
+        """
         reply, file = self._ask(
             timeout_s, op="decode_video", url=url, times=times, weights=weights,
             max_pixels=max_pixels, max_bytes=max_bytes, policy=asdict(policy), crop=crop,
+            size=size, planes=planes, form=form,
         )  # fmt: skip
         look = Look(**reply["look"]) if reply["look"] else None
-        heights, widths, pixels = self._frames(url, reply["sizes"], file)
+        heights, widths, pixels = self._frames(url, reply["sizes"], reply["planes"], file)
         return Frames(
             reply["pts_s"], reply["weight_s"], heights, widths, pixels, look,
             reply["missing"], reply["problem"], reply["wait_s"],
+            reply["planes"], reply["form"], reply["unscaled"],
         )  # fmt: skip
 
     def decode_image(
-        self, url: str, max_pixels: int, alpha: Background, timeout_s: float
+        self,
+        url: str,
+        max_pixels: int,
+        alpha: Background,
+        timeout_s: float,
+        size: tuple[int, int] | None = None,
     ) -> Frames:
         """`image.decode`, in the child. The one frame is at 0 s, with a weight of 0 s."""
         reply, file = self._ask(
-            timeout_s, op="decode_image", url=url, max_pixels=max_pixels, alpha=alpha
+            timeout_s, op="decode_image", url=url, max_pixels=max_pixels, alpha=alpha, size=size
         )
-        frames = self._frames(url, reply["sizes"], file)
-        return Frames([0.0], [0.0], *frames, wait_s=reply["wait_s"])
+        frames = self._frames(url, reply["sizes"], [], file)
+        return Frames([0.0], [0.0], *frames, wait_s=reply["wait_s"], unscaled=reply["unscaled"])
+
+    def track(self, url: str, times: list[float], max_pixels: int, timeout_s: float) -> Track:
+        """`track.track`, in the child."""
+        reply, _ = self._ask(timeout_s, op="track", url=url, times=times, max_pixels=max_pixels)
+        return Track(np.array(reply["pts_s"]), np.array(reply["features"], np.float32))
 
     def close(self) -> None:
         """End the child, if there is one."""
@@ -196,7 +252,11 @@ class Guard:
         return f"ended with status {status}"
 
     def _frames(
-        self, url: str, sizes: list[tuple[int, int]], file: int | None
+        self,
+        url: str,
+        sizes: list[tuple[int, int]],
+        planes: list[dict[str, Any]],
+        file: int | None,
     ) -> tuple[list[int], list[int], mmap.mmap | bytes]:
         """Map the file that the child has filled, once it can no longer be made shorter."""
         if file is None:
@@ -205,6 +265,9 @@ class Guard:
             if hasattr(os, "memfd_create"):
                 fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
             expected = sum(3 * height * width for height, width in sizes)
+            for kept in planes:
+                samples = sum(math.prod(shape) for shape in kept["shapes"])
+                expected += samples * (1 if kept["bits"] <= 8 else 2)
             if expected == 0 or os.fstat(file).st_size < expected:
                 raise DecodeCrash(f"{url}: the decoder sent fewer frames than it said.")
             pixels = mmap.mmap(file, expected, prot=mmap.PROT_READ)

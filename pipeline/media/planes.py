@@ -40,6 +40,14 @@ def planes_of(frame: "VideoFrame") -> Planes:
     return Planes(y, u, v, components[0].bits)
 
 
+def planes_of_rgb(rgb: npt.NDArray[np.uint8]) -> Planes:
+    """Full-range BT.601 planes (as in JPEG) of a picture that is stored as RGB [H, W, 3]."""
+    from PIL import Image
+
+    y, u, v = np.moveaxis(np.asarray(Image.fromarray(rgb).convert("YCbCr")), 2, 0)
+    return Planes(y, u, v, 8)
+
+
 def _plane(frame: "VideoFrame", index: int) -> Plane:
     component, plane = frame.format.components[index], frame.planes[index]
     wide = ">u2" if frame.format.is_big_endian else "<u2"

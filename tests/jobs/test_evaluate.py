@@ -172,6 +172,7 @@ def test_every_layout_is_documented():
         (["HERE/ratings.csv", "-o", "OUT", "--split", "type=other"], "5 or more"),
         (["HERE/ratings.csv", "-o", "HERE"], "Name a new or empty folder"),
         (["HERE/ratings.csv", "-o", "OUT", "--model", "topiq_xl"], "topiq_xl"),
+        (["HERE/ratings.csv", "-o", "OUT", "--model", "topiq_nr,topiq_fr"], "one model at a time"),
     ],
 )
 def test_a_user_error_is_one_clear_line_and_exit_code_1(tmp_path, rated, arguments, said):

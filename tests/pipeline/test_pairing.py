@@ -4,16 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError, Unpaired
-from pipeline.pairing import (
-    Ladder,
-    Pairing,
-    ladders,
-    pair_by_column,
-    pair_by_key,
-    path_key,
-    pattern_key,
-)
+from pipeline.errors import ConfigError
+from pipeline.pairing import Pairing, References, pair_by_key, path_key, pattern_key
 
 names = st.text("abcXYZ019._- é", min_size=1, max_size=8).map(lambda s: f"n{s}n")
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)
@@ -37,17 +29,36 @@ def test_the_same_path_below_both_roots_pairs_in_any_order_and_with_gaps(keys, d
 
 
 @given(titles=st.sets(st.integers(0, 999), min_size=1, max_size=15), seed=st.integers(0, 9))
-def test_a_pattern_gathers_the_renditions_of_a_title_into_one_ladder(titles, seed):
+def test_a_pattern_gathers_the_renditions_of_a_title(titles, seed):
     heights = (1080, 720, 360)
     distorted = [f"/out/title{t}_{h}p.mp4" for t in titles for h in heights]
-    references = [f"/masters/title{t}_master.mov" for t in titles]
+    masters = [f"/masters/title{t}_master.mov" for t in titles]
     random.Random(seed).shuffle(distorted)
-    key = pattern_key(r"(?P<key>title\d+)_")
-    found = ladders(pair_by_key(distorted, references, key, key))
-    assert {ladder.reference for ladder in found} == set(references)
-    for ladder in found:
-        title = ladder.reference.removeprefix("/masters/").removesuffix("_master.mov")
-        assert sorted(ladder.renditions) == sorted(f"/out/{title}_{h}p.mp4" for h in heights)
+    by_pattern = References(root="/masters", pattern=r"(?P<key>title\d+)_")
+    for pair in by_pattern.pair(distorted, masters, "/out"):
+        title = pair.distorted.removeprefix("/out/").rpartition("_")[0]
+        assert pair.reference == f"/masters/{title}_master.mov"
+
+
+@pytest.mark.parametrize("source", ["/out", "/out/*.mp4", "/out/show/?.mp4", "/out/show"])
+def test_paths_count_from_the_folder_that_a_source_names(source):
+    item = "/out/show/a.mp4"
+    base = source.split("*")[0].split("?")[0].rstrip("/")
+    reference = "/ref" + item.removeprefix(base).replace(".mp4", ".mov")
+    (pair,) = References(root="/ref").pair([item], [reference, "/ref/b.mov"], source)
+    assert pair.reference == reference
+
+
+def test_one_file_pairs_with_the_file_of_its_name():
+    (pair,) = References(root="/ref").pair(["/out/a.mp4"], ["/ref/a.mov"], "/out/a.mp4")
+    assert pair.reference == "/ref/a.mov"
+
+
+def test_options_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match="not both"):
+        References(file="a", root="b")
+    with pytest.raises(ConfigError, match="reference-root"):
+        References(pattern="(?P<key>a)")
 
 
 def test_two_references_with_one_key_leave_the_item_unpaired_and_are_named():
@@ -88,17 +99,3 @@ def test_an_empty_key_pairs_with_nothing():
 def test_a_pattern_without_a_group_named_key_is_refused(pattern):
     with pytest.raises(ConfigError, match="pattern"):
         pattern_key(pattern)
-
-
-def test_a_column_pairs_row_by_row_and_an_empty_cell_is_a_failure_of_that_row():
-    pairs = pair_by_column(["/a", "/b", "/c"], ["/r1", None, ""])
-    assert [p.reference for p in pairs] == ["/r1", None, None]
-    assert pairs[0].required() == "/r1"
-    for pair in pairs[1:]:
-        with pytest.raises(Unpaired, match=f"{pair.distorted}: .*reference_uri"):
-            pair.required()
-
-
-def test_a_ladder_keeps_the_order_of_first_appearance():
-    pairs = pair_by_column(["/b1", "/a1", "/x", "/b2"], ["/b", "/a", None, "/b"])
-    assert ladders(pairs) == [Ladder("/b", ("/b1", "/b2")), Ladder("/a", ("/a1",))]

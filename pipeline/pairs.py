@@ -1,0 +1,154 @@
+"""Which frames of an item are compared with which of its reference: decided while planning."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pipeline.errors import Misaligned, Unpaired
+from pipeline.media import align
+from pipeline.media.align import Estimate, Floats, Indexes, Track
+from pipeline.media.probe import Probe
+from pipeline.media.sample import Samples, SampleSpec, Timeline, plan_samples
+
+Watch = Callable[[str, list[float]], Track]
+"""From an address and times to what alignment sees of those frames."""
+
+# So much of an item is looked at to find its offset, at these places in turn until one is sure.
+_WINDOW_S = 2.5
+_WINDOWS = (0.0, 0.4, 0.75)
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Reference time minus distorted time, in seconds; read off the pictures, how sure it is."""
+
+    seconds: float
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Frames to compare, by their presentation times in either file.
+
+    n_matched and n_unmatched count all frames of the distorted video, not only those sampled.
+    """
+
+    samples: Samples
+    reference_times: tuple[float, ...]
+    n_matched: int
+    n_unmatched: int
+
+
+def same_kind(uri: str, distorted: Probe, reference: Probe) -> None:
+    """Raises Unpaired for a picture and a video."""
+    if distorted.facts.kind != reference.facts.kind:
+        raise Unpaired(
+            f"{uri}: is {distorted.facts.kind}, its reference is {reference.facts.kind}: they "
+            "cannot be compared."
+        )
+
+
+def offset_by_start(distorted: Timeline, reference: Timeline) -> Offset:
+    """Both begin together, as FFmpeg has it when several files are its input."""
+    return Offset(reference.frame_times[0] - distorted.frame_times[0])
+
+
+def offset_by_pictures(
+    uri: str,
+    sides: tuple[tuple[str, Timeline], tuple[str, Timeline]],
+    within_s: float,
+    watch: Watch,
+) -> Offset:
+    """The offset that a short stretch of both shows. Raises Misaligned when none is sure.
+
+    sides: address and timeline of the distorted and of the reference.
+    """
+    (address, distorted), (reference_address, reference) = sides
+    around = offset_by_start(distorted, reference).seconds
+    best: Estimate | None = None
+    for share in _WINDOWS:
+        begin = distorted.frame_times[0] + share * distorted.duration_s
+        ours = _between(distorted.frame_times, begin, begin + _WINDOW_S)
+        theirs = _between(
+            reference.frame_times,
+            begin + around - within_s,
+            begin + around + _WINDOW_S + within_s,
+        )
+        if not ours or not theirs:
+            continue
+        tracks = watch(address, ours), watch(reference_address, theirs)
+        found = align.estimate_offset(*tracks, within_s, around)
+        if found.trusted:
+            return Offset(found.offset_s, found)
+        if best is None or found.confidence > best.confidence:
+            best = found
+    if best is None:
+        raise Misaligned(f"{uri}: it and its reference show nothing at the same time.")
+    return Offset(align.trusted_offset(best, uri), best)
+
+
+def _between(times: tuple[float, ...], begin: float, end: float) -> list[float]:
+    return list(times[bisect.bisect_left(times, begin) : bisect.bisect_left(times, end)])
+
+
+def pair_frames(
+    uri: str,
+    spec: SampleSpec,
+    distorted: Timeline,
+    reference: Timeline,
+    offset_s: float,
+    rule: Literal["time", "number"] = "time",
+) -> Pairs:
+    """The frames that a sample spec asks for, each with its reference frame.
+
+    Moments (`uniform`, `fps`) are those of the reference, so that all its renditions are compared
+    at the same ones, with the same reference frames. `every`, `keyframes` and `all` count frames of
+    the distorted video. What has no partner is left out. Raises Misaligned when nothing has one.
+    """
+    ours, theirs = np.array(distorted.frame_times), np.array(reference.frame_times)
+    if rule == "number":
+        partner = align.match_by_number(np.arange(len(ours)), len(theirs)).reference
+    else:
+        partner = align.match(ours, theirs, offset_s, align.interval_s(ours)).reference
+    if spec.mode in ("uniform", "fps"):
+        moments = plan_samples(spec, reference)
+        chosen = [_at(moment, offset_s, ours, theirs, partner) for moment in moments.times]
+    else:
+        moments = plan_samples(spec, distorted)
+        chosen = [int(i) for i in np.searchsorted(ours, np.array(moments.times) - 1e-9)]
+    weight: dict[int, float] = {}
+    for index, seconds in zip(chosen, moments.weights, strict=True):
+        if index >= 0 and partner[index] >= 0:
+            weight[index] = weight.get(index, 0.0) + seconds
+    together = np.flatnonzero(partner >= 0)
+    if not weight and len(together):  # all moments lie outside of what both show
+        weight[int(together[len(together) // 2])] = sum(moments.weights)
+    if not weight:
+        raise Misaligned(
+            f"{uri}: no frame of it is on screen together with one of its reference, at an offset "
+            f"of {offset_s:+.3f} s. Check the pair, or use --align auto."
+        )
+    order = sorted(weight)
+    matched = len(together)
+    return Pairs(
+        Samples(tuple(float(ours[i]) for i in order), tuple(weight[i] for i in order)),
+        tuple(float(theirs[partner[i]]) for i in order),
+        matched,
+        len(partner) - matched,
+    )
+
+
+def _at(moment: float, offset_s: float, ours: Floats, theirs: Floats, partner: Indexes) -> int:
+    """The distorted frame to compare at a moment of the reference; -1 when there is none.
+
+    That is one whose reference frame is on screen then. Where the distorted video has dropped it,
+    the one on screen instead, which is compared with its own reference frame.
+    """
+    shown = max(0, int(np.searchsorted(theirs, moment + 1e-9, side="right")) - 1)
+    own = np.flatnonzero(partner == shown)
+    if len(own):
+        return int(own[0])
+    return int(np.searchsorted(ours, moment - offset_s + 1e-9, side="right")) - 1

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import pairs
+from pipeline.errors import Misaligned
+from pipeline.media.sample import SampleSpec, Timeline
+
+
+def timeline(n, fps, start=0.0, without=()):
+    times = tuple(start + i / fps for i in range(n) if i not in without)
+    return Timeline(start, n / fps, times, times[:1])
+
+
+SPECS = st.sampled_from(["uniform:7", "fps:3", "every:3", "all", "keyframes"])
+
+
+@given(
+    spec=SPECS,
+    n=st.integers(20, 90),
+    cut=st.integers(-12, 12),
+    fps=st.sampled_from([23.976, 25.0, 60.0]),
+    start=st.sampled_from([0.0, 1.4]),
+)
+def test_every_frame_is_paired_with_the_same_frame_of_its_reference(spec, n, cut, fps, start):
+    """The rendition begins `cut` frames into the reference, or before it, on a clock of its own."""
+    reference, distorted = timeline(n, fps), timeline(n, fps, start)
+    offset = cut / fps - start
+    found = pairs.pair_frames("x", SampleSpec.parse(spec), distorted, reference, offset)
+    for ours, theirs in zip(found.samples.times, found.reference_times, strict=True):
+        assert round((ours - start) * fps) + cut == round(theirs * fps)
+    assert found.n_matched == n - abs(cut)
+    assert found.n_matched + found.n_unmatched == n
+
+
+@given(spec=SPECS, dropped=st.sets(st.integers(1, 39), max_size=20))
+def test_dropped_frames_shift_nothing_and_no_frame_is_compared_twice(spec, dropped):
+    reference, distorted = timeline(40, 25.0), timeline(40, 25.0, without=dropped)
+    found = pairs.pair_frames("x", SampleSpec.parse(spec), distorted, reference, 0.0)
+    assert found.samples.times == pytest.approx(found.reference_times)
+    assert len(set(found.samples.times)) == len(found.samples.times)
+    assert found.n_unmatched == 0
+
+
+@given(spec=st.sampled_from(["uniform:9", "fps:4"]), jitter=st.floats(-0.0005, 0.0005))
+def test_renditions_are_compared_at_the_same_frames_of_their_reference(spec, jitter):
+    """Millisecond clocks of other containers move no moment to another reference frame."""
+    reference = timeline(75, 25.0)
+    rounded = tuple(round(t + jitter, 3) for t in reference.frame_times)
+    other = Timeline(rounded[0], 3.0, rounded)
+    parsed = SampleSpec.parse(spec)
+    exact = pairs.pair_frames("x", parsed, reference, reference, 0.0)
+    assert pairs.pair_frames("x", parsed, other, reference, 0.0).reference_times == (
+        exact.reference_times
+    )
+
+
+@pytest.mark.parametrize("rates", [(30.0, 60.0), (60.0, 30.0), (25.0, 24.0)])
+def test_other_frame_rates_are_paired_by_what_is_on_screen(rates):
+    ours, theirs = rates
+    distorted, reference = timeline(int(2 * ours), ours), timeline(int(2 * theirs), theirs)
+    found = pairs.pair_frames("x", SampleSpec("all"), distorted, reference, 0.0)
+    apart = np.array(found.samples.times) - np.array(found.reference_times)
+    assert len(apart) >= 0.95 * 2 * ours
+    assert np.abs(apart).max() <= 1 / min(rates)
+
+
+def test_by_number_the_nth_goes_with_the_nth_whatever_their_times():
+    distorted, reference = timeline(10, 30.0, start=3.0), timeline(8, 25.0)
+    found = pairs.pair_frames("x", SampleSpec("all"), distorted, reference, 0.0, "number")
+    assert found.reference_times == reference.frame_times
+    assert (found.n_matched, found.n_unmatched) == (8, 2)
+
+
+def test_files_that_show_nothing_together_are_refused():
+    with pytest.raises(Misaligned, match=r"x: no frame of it .*\+9\.000 s"):
+        pairs.pair_frames("x", SampleSpec("all"), timeline(10, 25), timeline(10, 25), 9.0)
