@@ -14,7 +14,7 @@ import typer
 
 from topiq_core.errors import TopiqError
 
-VERBS = ("score", "retry", "plan", "aggregate", "filter", "train")
+VERBS = ("score", "retry", "plan", "aggregate", "filter", "distort", "train")
 
 EXIT_RUN_ERROR, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 2, 130
 
