@@ -1,4 +1,6 @@
-"""Distortions are functions of picture, type, level and seed, and a higher level is more of them."""
+"""Distortions are functions of picture, type, level and seed; a higher level is more of them."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -46,7 +48,7 @@ def test_every_level_departs_further_from_the_picture(image, kind):
     assert all(copy.shape == image.shape and copy.dtype == np.uint8 for copy in copies)
     errors = [error(copy, image) for copy in copies]
     assert errors[0] > 0
-    assert all(a < b for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(a < b for a, b in itertools.pairwise(errors)), errors
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,9 +91,7 @@ def test_a_resumed_training_of_pairs_ends_exactly_as_an_uninterrupted_one(
     assert same(resumed.state_dict(), trained.state_dict())
 
 
-def test_a_checkpoint_of_pairs_with_another_label_is_ignored(
-    trained, pairs, backbone, tmp_path, caplog
-):
+def test_a_checkpoint_of_pairs_with_another_label_is_ignored(pairs, backbone, tmp_path, caplog):
     checkpoint = tmp_path / "run.pt"
     recipe = dataclasses.replace(RECIPE, epochs=1)
     loop.fit(ARCHITECTURE, recipe, pairs, backbone, checkpoint)

@@ -256,7 +256,7 @@ def _displaced_blocks(x: Real, level: int, rng: np.random.Generator) -> Real:
     rows, columns = x.shape[0] // size, x.shape[1] // size
     spots = rng.permutation(rows * columns)
     shifts = rng.integers(size, 3 * size, (len(spots), 2))
-    runs = math.ceil((0.008, 0.025, 0.06, 0.13, 0.27)[level] * len(spots) / run)
+    runs = math.ceil((0.01, 0.04, 0.09, 0.17, 0.3)[level] * len(spots) / run)
     out = x.copy()
     for spot, (down, right) in zip(spots[:runs], shifts[:runs], strict=True):
         top, left = size * (spot // columns), size * (spot % columns)
