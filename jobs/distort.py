@@ -62,11 +62,9 @@ def distort(
     output.mkdir(parents=True, exist_ok=True)
     tasks = [(file, output, settings) for file in files]
     made: list[dict[str, Any]] = []
-    # Not forked: the parent may hold threads.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for number, rows in enumerate(pool.imap(_photo, tasks), start=1):
-            made += rows
-            cli.say(f"{number} of {len(tasks)} photos, {len(made)} pairs")
+    for number, rows in enumerate(_all_made(tasks, processes), start=1):
+        made += rows
+        cli.say(f"{number} of {len(tasks)} photos, {len(made)} pairs")
     _write_csv(output, made)
     cli.say(f"{output / 'pairs.csv'}: {len(made)} pairs")
 
@@ -85,6 +83,18 @@ def _files(photos: Sequence[Path], best: int) -> list[Path]:
         else:
             out.append(path)
     return out
+
+
+def _all_made(
+    tasks: Sequence[tuple[Path, Path, Settings]], processes: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The pairs of each photo, in turn."""
+    if processes == 1:
+        yield from map(_photo, tasks)
+        return
+    # Not forked: the parent may hold threads.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(_photo, tasks)
 
 
 def _photo(task: tuple[Path, Path, Settings]) -> list[dict[str, Any]]:
