@@ -64,7 +64,7 @@ def train(
     ] = None,
     splits: Annotated[int, typer.Option(help="Random 80/20 splits to validate on.")] = 3,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the photos or references. [nr: 10, fr: 40]")
+        int | None, typer.Option(help="Passes over the photos or references. [nr: 10, fr: 32]")
     ] = None,
     crop: Annotated[
         int | None, typer.Option(help="Side of the random crops, in pixels. [nr: 256, fr: 192]")

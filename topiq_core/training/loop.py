@@ -48,7 +48,7 @@ class Recipe:
     """So many of the backbone's five stages stay as they were; the first ones cost the most."""
 
 
-FR_RECIPE = Recipe(epochs=40, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
+FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
 """For labelled pairs: an epoch is one group of every reference."""
 
 
