@@ -14,7 +14,9 @@ import typer
 
 from topiq_core.errors import TopiqError
 
-VERBS = ("score", "retry", "plan", "aggregate", "filter", "ladder", "evaluate", "train")
+VERBS = (
+    "score", "retry", "plan", "aggregate", "filter", "ladder", "evaluate", "distort", "train",
+)  # fmt: skip
 
 EXIT_RUN_ERROR, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -1,14 +1,51 @@
-"""`topiq train`: a no-reference model from rated photos, with its measured accuracy in its card."""
+"""`topiq train`: a model from rated photos or labelled pairs, its measured accuracy in its card."""
 
 import dataclasses
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs import cli
 
-Ratings = Annotated[Path, typer.Argument(help="CSV with `image,mos`; names relative to the CSV.")]
+if TYPE_CHECKING:
+    from topiq_core.cards import Architecture
+    from topiq_core.cfanet import CFANet
+    from topiq_core.metrics import Agreement
+    from topiq_core.training.loop import PairAgreement, Recipe
+    from topiq_core.training.pairs import Pair
+    from topiq_core.training.ratings import Rating
+
+Ratings = Annotated[
+    Path,
+    typer.Argument(help="CSV: `image,mos`, or for fr `uri,reference_uri,mos`; names relative."),
+]
+_HELD_OUT = 0.2
+
+
+class Mode(StrEnum):
+    """What the model is given."""
+
+    NR = "nr"
+    FR = "fr"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One training: of the part that a split leaves, or of everything when `split` is None."""
+
+    architecture: "Architecture"
+    recipe: "Recipe"
+    ratings: "Sequence[Rating] | Sequence[Pair]"
+    backbone: Path
+    checkpoint: Path
+    device: str
+    threads: int | None
+    split: int | None
 
 
 def train(
@@ -20,44 +57,69 @@ def train(
     work: Annotated[Path, typer.Option(help="Checkpoints; the same command resumes.")],
     trained_on: Annotated[str, typer.Option(help="What the card says it was trained on.")],
     licence: Annotated[str, typer.Option(help="What the card says of its licence.")] = "Apache-2.0",
+    mode: Annotated[Mode, typer.Option(help="nr: no reference; fr: pairs.")] = Mode.NR,
     mos_low: Annotated[float, typer.Option(help="Worst end of the rating scale.")] = 0.0,
-    mos_high: Annotated[float, typer.Option(help="Best end of the rating scale.")] = 100.0,
+    mos_high: Annotated[
+        float | None, typer.Option(help="Best end of the rating scale. [nr: 100, fr: 1]")
+    ] = None,
     splits: Annotated[int, typer.Option(help="Random 80/20 splits to validate on.")] = 3,
-    epochs: Annotated[int, typer.Option(help="Passes over the training photos.")] = 10,
-    crop: Annotated[int, typer.Option(help="Side of the random crops, in pixels.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Crops per step.")] = 8,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the photos or references. [nr: 10, fr: 32]")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Side of the random crops, in pixels. [nr: 256, fr: 192]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Crops per step. [nr: 8, fr: 16]")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the splits, the crops and the weights.")] = 1,
     device: Annotated[str, typer.Option(help="Any torch device.")] = "cpu",
+    processes: Annotated[int, typer.Option(help="Trainings side by side, one thread each.")] = 1,
 ) -> None:
     """Train a bundled-size model: validate on random splits, then train on all and export.
 
     The card's accuracy is the mean over the splits, each trained from scratch with the recipe of
-    the exported model and measured on its fp16-rounded weights.
+    the exported model and measured on its fp16-rounded weights. Splits of pairs are by source.
     """
     import logging
-
-    import torch
 
     from topiq_core import weights
     from topiq_core.cards import Architecture, Card
     from topiq_core.training import loop
-    from topiq_core.training.ratings import read_ratings, split
+    from topiq_core.training.pairs import read_pairs
+    from topiq_core.training.ratings import read_ratings
 
+    architecture = Architecture(mode.value, "mobilenet_v2", inter_dim=128, heads=4, gate_dim=32)
+    recipe = loop.FR_RECIPE if mode is Mode.FR else loop.Recipe()
+    asked = {"epochs": epochs, "crop": crop, "batch_size": batch_size, "seed": seed}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in asked.items() if v is not None})
+    rated: list[Rating] | list[Pair]
+    if mode is Mode.FR:
+        rated = read_pairs(ratings, (mos_low, 1.0 if mos_high is None else mos_high))
+    else:
+        rated = read_ratings(ratings, (mos_low, 100.0 if mos_high is None else mos_high))
+
+    threads = 1 if processes > 1 else None
+    numbers: list[int | None] = [*range(splits), None]
+    tasks = [
+        _Task(
+            architecture,
+            recipe,
+            rated,
+            backbone,
+            work / ("final.pt" if number is None else f"split{number}.pt"),
+            device,
+            threads,
+            number,
+        )
+        for number in numbers
+    ]
     logging.getLogger("topiq_core").setLevel(logging.INFO)
-    architecture = Architecture("nr", "mobilenet_v2", inter_dim=128, heads=4, gate_dim=32)
-    recipe = loop.Recipe(epochs=epochs, batch_size=batch_size, crop=crop, seed=seed)
-    rated = read_ratings(ratings, (mos_low, mos_high))
-    imagenet = torch.load(backbone, map_location="cpu", weights_only=True)
+    found: list[Agreement | PairAgreement] = []
+    for task, measured in zip(tasks, _all_run(tasks, processes), strict=True):
+        if measured is not None:
+            found.append(measured)
+            cli.say(f"split {task.split}: SROCC {measured.srocc:.4f}, PLCC {measured.plcc:.4f}")
 
-    found = []
-    for number in range(splits):
-        training, validation = split(rated, seed=seed + number, held_out=0.2)
-        checkpoint = work / f"split{number}.pt"
-        net = loop.fit(architecture, recipe, training, imagenet, checkpoint, device)
-        found.append(loop.validate(loop.as_stored(net), validation, device))
-        cli.say(f"split {number}: SROCC {found[-1].srocc:.4f}, PLCC {found[-1].plcc:.4f}")
-
-    net = loop.fit(architecture, recipe, rated, imagenet, work / "final.pt", device)
+    net = _fitted(tasks[-1], rated)  # from its finished checkpoint
     names = [f.name for f in dataclasses.fields(found[0])] if found else []
     card = Card(
         name=output.stem,
@@ -67,10 +129,61 @@ def train(
         licence=licence,
         trained_on=trained_on,
         accuracy={n: sum(getattr(a, n) for a in found) / len(found) for n in names},
-        recipe={**dataclasses.asdict(recipe), "splits": splits, "held_out": 0.2},
+        recipe={**dataclasses.asdict(recipe), "splits": splits, "held_out": _HELD_OUT},
     )
     weights.save(net, card, output)
     cli.say(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {card.accuracy}")
+
+
+def _all_run(
+    tasks: Sequence[_Task], processes: int
+) -> "Iterator[Agreement | PairAgreement | None]":
+    """What each task measured, in turn."""
+    if processes == 1:
+        yield from map(_run, tasks)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        yield from pool.map(_run, tasks)
+
+
+def _run(task: _Task) -> "Agreement | PairAgreement | None":
+    """Train, and measure on what was held out. The final training measures nothing."""
+    import logging
+
+    import torch
+
+    from topiq_core.training import loop
+    from topiq_core.training.pairs import Pair, split_by_source
+    from topiq_core.training.ratings import Rating, split
+
+    if task.threads is not None:
+        name = "final" if task.split is None else f"split {task.split}"
+        logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {name}: %(message)s")
+        logging.getLogger("topiq_core").setLevel(logging.INFO)
+        torch.set_num_threads(task.threads)
+    if task.split is None:
+        _fitted(task, task.ratings)
+        return None
+    seed = task.recipe.seed + task.split
+    pairs = [rating for rating in task.ratings if isinstance(rating, Pair)]
+    if pairs:
+        kept, held_out = split_by_source(pairs, seed, _HELD_OUT)
+        net = loop.as_stored(_fitted(task, kept))
+        return loop.pair_agreement(loop.score_pairs(net, held_out, task.device), held_out)
+    images = [rating for rating in task.ratings if isinstance(rating, Rating)]
+    training, validation = split(images, seed, _HELD_OUT)
+    net = loop.as_stored(_fitted(task, training))
+    return loop.validate(net, validation, task.device)
+
+
+def _fitted(task: _Task, ratings: "Sequence[Rating] | Sequence[Pair]") -> "CFANet":
+    import torch
+
+    from topiq_core.training import loop
+
+    imagenet = torch.load(task.backbone, map_location="cpu", weights_only=True)
+    return loop.fit(task.architecture, task.recipe, ratings, imagenet, task.checkpoint, task.device)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ class CFANet(nn.Module):
         """Score images.
 
         image: [N,3,H,W] float RGB in 0..1; reference: the same shape, for a full-reference
-        network only. Returns [N] float: one score each, higher is better.
+        network only, or [N/k,3,H,W], each for k images in turn. Returns [N] float: one score each,
+        higher is better.
         """
         return expected_score(self.distribution(image, reference))
 
@@ -225,7 +226,10 @@ class CFANet(nn.Module):
             gated = (pool(x) for pool, x in zip(self.weight_pool, maps, strict=True))
         else:
             pairs = zip(self.weight_pool, maps, self._features(reference), strict=True)
-            gated = (pool(d, r) for pool, d, r in pairs)
+            each = len(image) // len(reference)
+            gated = (
+                pool(d, r if each == 1 else r.repeat_interleave(each, 0)) for pool, d, r in pairs
+            )
         th, tw = maps[-1].shape[2:]
         return [
             self.dim_reduce[level](_shrink(x, int(th), int(tw))) for level, x in enumerate(gated)

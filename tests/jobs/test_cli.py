@@ -172,5 +172,5 @@ def test_a_wrong_command_line_is_not_mistaken_for_failed_items():
 def test_help_lists_every_verb():
     done = topiq("--help")
     assert done.returncode == 0
-    for verb in ("score", "plan", "aggregate", "filter", "train"):
+    for verb in ("score", "plan", "aggregate", "filter", "distort", "train"):
         assert verb in done.stdout

@@ -1,23 +1,27 @@
 """The training loop: the paper's recipe (section IV), seeded and resumable by the same command."""
 
 import copy
+import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from topiq_core import backbones
 from topiq_core.cards import Architecture
 from topiq_core.cfanet import CFANet, initialise_head
 from topiq_core.metrics import Agreement, agreement
-from topiq_core.training.losses import quality_loss
+from topiq_core.training.losses import order_loss, quality_loss
+from topiq_core.training.pairs import IDENTICAL, Pair, PairGroups
 from topiq_core.training.ratings import RatedImages, Rating, RatingsError, read_rgb
 
 log = logging.getLogger(__name__)
@@ -36,25 +40,40 @@ class Recipe:
     warmup_steps: int = 100
     norm_weight: float = 0.5
     seed: int = 1
+    group: int = 1
+    """Full reference only: members of a batch that share a reference and a crop."""
+    order_weight: float = 0.0
+    """Full reference only: weight of the loss on the order within a group."""
+    frozen_stages: int = 0
+    """So many of the backbone's five stages stay as they were; the first ones cost the most."""
+
+
+FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
+"""For labelled pairs: an epoch is one group of every reference."""
 
 
 def fit(
     architecture: Architecture,
     recipe: Recipe,
-    ratings: list[Rating],
+    ratings: Sequence[Rating] | Sequence[Pair],
     backbone_state: dict[str, torch.Tensor],
     checkpoint: Path,
     device: str = "cpu",
 ) -> CFANet:
     """Train from an ImageNet backbone. Continues from `checkpoint` when it holds this same run.
 
+    ratings: rated images, or labelled pairs for a full-reference architecture. An epoch shows every
+    image once, or of every reference one group of pairs.
+
     The checkpoint is replaced after every epoch and removed by nobody: a finished one returns at
     once. A checkpoint of another recipe, data or architecture is ignored, with a warning.
     """
-    if len(ratings) < recipe.batch_size:
+    samples = _samples(ratings, recipe)
+    per_batch = recipe.batch_size // recipe.group
+    if not 0 < per_batch <= len(samples):
         raise RatingsError(
-            f"{len(ratings)} ratings do not fill a batch of {recipe.batch_size}: "
-            "give more, or a smaller --batch-size."
+            f"{len(samples)} samples of {recipe.group} do not fill a batch of "
+            f"{recipe.batch_size}: give more, or a smaller --batch-size."
         )
     identity = json.dumps(
         [asdict(architecture), asdict(recipe), [(r.path.name, r.mos) for r in ratings]]
@@ -63,10 +82,11 @@ def fit(
     net = CFANet(architecture)
     initialise_head(net)
     backbones.load_imagenet(net.semantic_model, backbone_state)
+    for stage in net.semantic_model.stages()[: recipe.frozen_stages]:
+        stage.requires_grad_(False)
     net.to(device)
 
-    samples = RatedImages(ratings, recipe.crop, recipe.seed)
-    steps_per_epoch = len(ratings) // recipe.batch_size
+    steps_per_epoch = len(samples) // per_batch
     optimiser = _optimiser(net, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, _WarmupCosine(recipe.warmup_steps, steps_per_epoch * recipe.epochs)
@@ -87,8 +107,8 @@ def fit(
         torch.manual_seed(recipe.seed * 100_003 + epoch)
         samples.epoch = epoch
         net.train()
-        for images, mos in _batches(samples, recipe, epoch):
-            loss = quality_loss(net(images.to(device)), mos.to(device), recipe.norm_weight)
+        for batch in _batches(samples, recipe, epoch):
+            loss = _loss(net, [part.to(device) for part in batch], recipe)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -125,6 +145,77 @@ def validate(net: CFANet, ratings: list[Rating], device: str = "cpu") -> Agreeme
     return agreement(scores, [r.mos for r in ratings])
 
 
+@dataclass(frozen=True)
+class PairAgreement:
+    """How well scores of pairs agree with their labels.
+
+    srocc, plcc: of all pairs together. srocc_within_type: of the pairs of one kind of distortion,
+    the median over kinds. ladder_srocc: of one reference under one kind at growing levels, against
+    the level, the median over ladders. ladders_ordered: the share of ladders without any two levels
+    swapped. identical_on_top: the share of references that score above all of their distorted
+    copies.
+    """
+
+    srocc: float
+    plcc: float
+    srocc_within_type: float
+    ladder_srocc: float
+    ladders_ordered: float
+    identical_on_top: float
+
+
+@torch.inference_mode()
+def score_pairs(net: CFANet, pairs: Sequence[Pair], device: str = "cpu") -> list[float]:
+    """Scores at native size, in the order of `pairs`, reading every reference once."""
+    found: dict[Pair, float] = {}
+    for path, group in itertools.groupby(
+        sorted(pairs, key=lambda p: str(p.reference)), lambda p: p.reference
+    ):
+        reference = read_rgb(path).unsqueeze(0).to(device).float() / 255
+        while some := tuple(itertools.islice(group, 5)):
+            images = torch.stack([read_rgb(pair.path) for pair in some]).to(device).float() / 255
+            found.update(zip(some, net(images, reference).tolist(), strict=True))
+    return [found[pair] for pair in pairs]
+
+
+def pair_agreement(scores: Sequence[float], pairs: Sequence[Pair]) -> PairAgreement:
+    """Compare scores with the labels and levels of their pairs. Raises ValueError for under 5."""
+    x, rated = np.asarray(scores), np.asarray([pair.mos for pair in pairs])
+    whole = agreement(x, rated)
+    by_kind: dict[str, list[int]] = {}
+    by_ladder: dict[tuple[Path, str], list[int]] = {}
+    best: dict[Path, float] = {}
+    for number, pair in enumerate(pairs):
+        if pair.kind == IDENTICAL:
+            continue
+        by_kind.setdefault(pair.kind, []).append(number)
+        by_ladder.setdefault((pair.reference, pair.kind), []).append(number)
+        best[pair.reference] = max(best.get(pair.reference, -math.inf), x[number])
+    within = [spearmanr(x[of], rated[of]).statistic for of in by_kind.values() if len(of) > 4]
+    steps = [
+        spearmanr(x[of], [-pairs[i].level for i in of]).statistic
+        for of in by_ladder.values()
+        if len(of) > 2
+    ]
+    tops = [
+        x[number] > best[pair.reference]
+        for number, pair in enumerate(pairs)
+        if pair.kind == IDENTICAL and pair.reference in best
+    ]
+    return PairAgreement(
+        srocc=whole.srocc,
+        plcc=whole.plcc,
+        srocc_within_type=_median(within),
+        ladder_srocc=_median(steps),
+        ladders_ordered=float(np.mean([step > 1 - 1e-9 for step in steps])) if steps else math.nan,
+        identical_on_top=float(np.mean(tops)) if tops else math.nan,
+    )
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if values else math.nan
+
+
 def as_stored(net: CFANet) -> CFANet:
     """The network as its file will give it back: weights rounded to fp16, computed in fp32."""
     stored = copy.deepcopy(net)
@@ -135,14 +226,35 @@ def as_stored(net: CFANet) -> CFANet:
     return stored
 
 
+def _samples(
+    ratings: Sequence[Rating] | Sequence[Pair], recipe: Recipe
+) -> RatedImages | PairGroups:
+    pairs = [rating for rating in ratings if isinstance(rating, Pair)]
+    if pairs:
+        return PairGroups(pairs, recipe.group, recipe.crop, recipe.seed)
+    images = [rating for rating in ratings if isinstance(rating, Rating)]
+    return RatedImages(images, recipe.crop, recipe.seed)
+
+
+def _loss(net: CFANet, batch: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """Of images [N,3,C,C] and mos [N], or of pairs: [G,K,3,C,C], [G,3,C,C] and [G,K]."""
+    if len(batch) == 2:
+        images, mos = batch
+        return quality_loss(net(images), mos, recipe.norm_weight)
+    distorted, reference, mos = batch
+    predicted = net(distorted.flatten(0, 1), reference).view_as(mos)
+    loss = quality_loss(predicted.flatten(), mos.flatten(), recipe.norm_weight)
+    return loss + recipe.order_weight * order_loss(predicted, mos)
+
+
 def _batches(
-    samples: RatedImages, recipe: Recipe, epoch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    samples: RatedImages | PairGroups, recipe: Recipe, epoch: int
+) -> Iterator[list[torch.Tensor]]:
     """Shuffled by (seed, epoch). A last, smaller batch is left out: the losses need full ones."""
     order = np.random.Generator(np.random.PCG64([recipe.seed, epoch])).permutation(len(samples))
     yield from DataLoader(
-        torch.utils.data.Subset(samples, [int(i) for i in order]),
-        batch_size=recipe.batch_size,
+        torch.utils.data.Subset[Any](samples, [int(i) for i in order]),
+        batch_size=recipe.batch_size // recipe.group,
         drop_last=True,
     )
 

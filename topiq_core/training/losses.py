@@ -24,3 +24,15 @@ def quality_loss(predicted: Tensor, rated: Tensor, norm_weight: float = 1.0) -> 
     """Mean squared error plus norm-in-norm, the paper's loss for KonIQ (section IV)."""
     mse = torch.nn.functional.mse_loss(predicted, rated)
     return mse + norm_weight * norm_in_norm(predicted, rated)
+
+
+def order_loss(predicted: Tensor, rated: Tensor) -> Tensor:
+    """How far predictions within a group fall short of the rated differences. Both [G,K].
+
+    The mean over every two members of max(0, rated - predicted difference), the better one first.
+    """
+    wanted = rated.unsqueeze(2) - rated.unsqueeze(1)
+    given = predicted.unsqueeze(2) - predicted.unsqueeze(1)
+    better = (wanted > 0).to(predicted.dtype)
+    short: Tensor = (wanted - given).clamp(min=0) * better
+    return short.sum() / better.sum().clamp(min=1)

@@ -1,0 +1,104 @@
+"""From photos to a full-reference model: `topiq distort`, then `topiq train --mode fr`."""
+
+import csv
+
+import pytest
+import torch
+from golden.parameters import picture
+from PIL import Image
+from torchvision.models import mobilenet_v2
+
+from jobs.distort import distort
+from jobs.train import Mode, train
+from topiq_core import cards
+from topiq_core.errors import TopiqError
+
+SIDE = 176
+CHOICE = {"seed": 3, "side": SIDE, "coded": 1, "compressed": 1, "others": 1, "best": 1}
+
+
+def make(photos, output):
+    distort(photos, output, processes=1, **CHOICE)
+    with (output / "pairs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(3):
+        Image.fromarray(picture(number, 200, 240)).save(folder / f"{number}.png")
+    (folder / "mos.csv").write_text("image,mos\n0.png,20\n1.png,90\n2.png,50\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(photos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("made")
+    return output, make([photos], output)
+
+
+def test_every_photo_becomes_ladders_and_an_identical_pair(made):
+    output, rows = made
+    assert len(rows) == 3 * (1 + 3 * 5)
+    assert len({row["source"] for row in rows}) == 3
+    for row in rows:
+        for column in ("uri", "reference_uri"):
+            with Image.open(output / row[column]) as image:
+                assert (image.size, image.format) == ((SIDE, SIDE), "PNG")
+        same = row["uri"] == row["reference_uri"]
+        assert same == (row["type"] == "identical") == (float(row["mos"]) == 1)
+    ladders = {}
+    for row in rows:
+        ladders.setdefault((row["reference_uri"], row["type"]), []).append(row)
+    for (_, kind), ladder in ladders.items():
+        levels = [int(row["level"]) for row in ladder]
+        assert levels == ([0] if kind == "identical" else [1, 2, 3, 4, 5])
+        labels = [float(row["mos"]) for row in ladder]
+        assert labels == sorted(labels, reverse=True)
+
+
+def test_the_set_is_decided_by_its_seed_and_made_once(made, photos, tmp_path):
+    output, rows = made
+    assert make([photos], tmp_path) == rows
+    for row in rows[::7]:
+        assert (tmp_path / row["uri"]).read_bytes() == (output / row["uri"]).read_bytes()
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    assert make([photos], tmp_path) == rows
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_of_a_csv_the_best_photos_are_taken(photos, tmp_path):
+    rows = make([photos / "mos.csv"], tmp_path)
+    assert {row["source"].rpartition("-")[0] for row in rows} == {"1"}
+
+
+def test_no_photos_are_said_to_be_none(tmp_path):
+    with pytest.raises(TopiqError, match="no photos"):
+        make([tmp_path], tmp_path / "out")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pairs_become_a_full_reference_model_with_its_accuracy(made, tmp_path, processes):
+    torch.manual_seed(5)
+    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "imagenet.pth")
+    model = tmp_path / "mine.safetensors"
+    train(
+        made[0] / "pairs.csv",
+        tmp_path / "imagenet.pth",
+        model,
+        tmp_path / "work",
+        "three pictures",
+        mode=Mode.FR,
+        splits=1,
+        epochs=1,
+        crop=64,
+        batch_size=4,
+        processes=processes,
+    )
+    card = cards.read_embedded(model)
+    assert card.architecture.mode == "fr"
+    assert {"srocc", "plcc", "srocc_within_type", "ladder_srocc"} <= set(card.accuracy)
+    assert (card.recipe["splits"], card.recipe["crop"], card.recipe["group"]) == (1, 64, 4)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"split0.pt", "final.pt"}

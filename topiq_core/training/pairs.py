@@ -1,0 +1,142 @@
+"""Labelled pairs: a CSV of distorted pictures and their references, read as training samples."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from topiq_core.training.ratings import RatingsError, read_rgb
+
+IDENTICAL = "identical"
+"""The type of a pair whose sides are the same picture."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A distorted picture, its reference, and their quality, 0..1.
+
+    kind and level: which distortion, and how much of it. source: the photo that it began with;
+    pairs of one source go to the same side of a split.
+    """
+
+    path: Path
+    reference: Path
+    mos: float
+    kind: str
+    level: int
+    source: str
+
+
+def read_pairs(path: Path, mos_range: tuple[float, float] = (0.0, 1.0)) -> list[Pair]:
+    """Read `uri,reference_uri,mos`, names relative to the CSV. Raises RatingsError.
+
+    `type`, `level` and `source` may be left out: the source is then the reference.
+    """
+    low, high = mos_range
+    if low == high:
+        raise RatingsError(f"a rating scale from {low} to {high} is empty.")
+    pairs = []
+    try:
+        with path.open(newline="") as file:
+            for line, row in enumerate(csv.DictReader(file), start=2):
+                name, reference, mos = row.get("uri"), row.get("reference_uri"), row.get("mos")
+                if not name or not reference or mos is None:
+                    raise RatingsError(
+                        f"{path}:{line}: columns `uri`, `reference_uri` and `mos` are needed."
+                    )
+                if not math.isfinite(float(mos)):
+                    raise RatingsError(f"{path}:{line}: {mos} is no rating.")
+                pairs.append(
+                    Pair(
+                        path.parent / name,
+                        path.parent / reference,
+                        (float(mos) - low) / (high - low),
+                        row.get("type") or "",
+                        int(row.get("level") or 0),
+                        row.get("source") or reference,
+                    )
+                )
+    except (OSError, ValueError) as error:
+        raise RatingsError(f"{path}: {error}") from error
+    if not pairs:
+        raise RatingsError(f"{path}: no pairs in it.")
+    return pairs
+
+
+def split_by_source(pairs: list[Pair], seed: int, held_out: float) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation parts that share no source; `held_out` is of the sources."""
+    sources = sorted({pair.source for pair in pairs})
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(sources))
+    kept = {sources[i] for i in order[: round(len(sources) * (1 - held_out))]}
+    return [p for p in pairs if p.source in kept], [p for p in pairs if p.source not in kept]
+
+
+class PairGroups(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Samples for one epoch: a few distorted pictures of one reference, cropped and flipped alike.
+
+    Members come two by two from one kind of distortion, so that most groups hold several levels of
+    it; one time in `group` the reference itself is a member. A sample is (distorted [K,3,C,C],
+    reference [3,C,C], mos [K]), float RGB in 0..1, and a function of (seed, epoch, index) alone.
+    """
+
+    def __init__(self, pairs: list[Pair], group: int, crop: int, seed: int) -> None:
+        self.group, self.crop, self.seed, self.epoch = group, crop, seed, 0
+        self.ladders: dict[Path, dict[str, list[Pair]]] = {}
+        for pair in pairs:
+            if pair.kind != IDENTICAL:
+                of_reference = self.ladders.setdefault(pair.reference, {})
+                of_reference.setdefault(pair.kind, []).append(pair)
+        self.references = list(self.ladders)
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, index]))
+        path = self.references[index]
+        members = self._drawn(path, rng)
+        reference = read_rgb(path)
+        h, w = map(int, reference.shape[1:])
+        size = self.crop
+        if min(h, w) < size:
+            raise RatingsError(
+                f"{path}: {w}x{h} is smaller than the crop of {size} pixels. "
+                "Leave it out, or give a smaller --crop."
+            )
+        top, left = int(rng.integers(0, h - size + 1)), int(rng.integers(0, w - size + 1))
+        window = np.s_[:, top : top + size, left : left + size]
+        flip = rng.random() < 0.5
+
+        def cropped(image: Tensor) -> Tensor:
+            image = image[window].float() / 255
+            return image.flip(2) if flip else image
+
+        distorted = [cropped(_same_size(read_rgb(m.path), reference, m)) for m in members]
+        mos = [m.mos for m in members]
+        if rng.random() * self.group < 1:
+            distorted[0], mos[0] = cropped(reference), 1.0
+        return torch.stack(distorted), cropped(reference), torch.tensor(mos, dtype=torch.float32)
+
+    def _drawn(self, reference: Path, rng: np.random.Generator) -> list[Pair]:
+        """`group` pairs of the reference, two of a kind at a time."""
+        ladders = list(self.ladders[reference].values())
+        members: list[Pair] = []
+        while len(members) < self.group:
+            ladder = ladders[int(rng.integers(len(ladders)))]
+            some = rng.choice(len(ladder), min(2, len(ladder)), replace=False)
+            members += [ladder[int(i)] for i in some]
+        return members[: self.group]
+
+
+def _same_size(image: Tensor, reference: Tensor, pair: Pair) -> Tensor:
+    if image.shape != reference.shape:
+        raise RatingsError(
+            f"{pair.path}: {image.shape[2]}x{image.shape[1]}, but its reference has "
+            f"{reference.shape[2]}x{reference.shape[1]} pixels. Bring both to one size."
+        )
+    return image
