@@ -43,7 +43,7 @@ docs: env  ## rewrite the generated reference pages
 
 lock:  ## pin every dependency for Python 3.11 to 3.13 (needs uv)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
-	  --extra dev --extra evaluate --extra hub pyproject.toml -o requirements.lock
+	  --extra dev --extra evaluate --extra ladder --extra hub pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
