@@ -1,10 +1,12 @@
 """Whether models order the qualities of encoding ladders.
 
-    python benchmarks/ladders.py [--model CARD,CARD] [--frames N] [--json FILE] SOURCE...
+    python benchmarks/ladders.py [--model CARD,CARD] [--frames N] [--codecs NAME,NAME]
+        [--json FILE] SOURCE...
 
-Encodes every source (an image, or the first N frames of a video) by x264, x265 and SVT-AV1 at six
-qualities each, scores the renditions against the source with every model, and reports Spearman's
-correlation of score with quality for each ladder: 1 means that every rendition is in its place.
+Encodes every source (an image, or the first N frames of a video) by x264, x265 and SVT-AV1, or some
+of them, at six qualities each, scores the renditions against the source with every model, and
+reports Spearman's correlation of score with quality for each ladder: 1 means that every rendition
+is in its place.
 Full-reference models also have to give the source itself the highest score.
 """
 
@@ -51,7 +53,7 @@ def pictures(source: Path, count: int) -> list[RGB]:
     return [np.ascontiguousarray(picture[:height, :width]) for picture in found]
 
 
-def make(sources: list[Path], count: int, folder: Path) -> Path:
+def make(sources: list[Path], count: int, codecs: list[str], folder: Path) -> Path:
     """Encode all ladders; the manifest of their pairs."""
     manifest = folder / "pairs.csv"
     with manifest.open("w", newline="") as file:
@@ -64,7 +66,8 @@ def make(sources: list[Path], count: int, folder: Path) -> Path:
                 folder / f"{number}.mkv", frames, "libx264", options={"qp": "0", "preset": "fast"}
             )
             writer.writerow([reference, reference, f"{source.stem} itself", 0])
-            for codec, (factors, options) in CODECS.items():
+            for codec in codecs:
+                factors, options = CODECS[codec]
                 for crf in factors:
                     path = folder / f"{number}-{codec}-{crf}.mkv"
                     encode(path, frames, codec, options=options | {"crf": str(crf)}, gop=48)
@@ -105,12 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="cfanet_lite_fr,cfanet_lite_nr")
     parser.add_argument("--frames", type=int, default=12)
+    parser.add_argument("--codecs", default=",".join(CODECS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("sources", nargs="+", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = make(options.sources, options.frames, folder)
+        manifest = make(options.sources, options.frames, options.codecs.split(","), folder)
         config = Config(model=options.model, sample="uniform:4")
         run.score_catalog(str(manifest), str(folder / "out"), config, lambda *_, **__: None)
         found = report(folder / "out")

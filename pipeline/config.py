@@ -112,7 +112,7 @@ class Config(BaseModel):
     )
     pooling: tuple[str, ...] = Field(
         default=DEFAULT_POOLING,
-        description="Columns that pool frame scores over time: mean, hmean, min, max, std, "
+        description="Columns that pool frame scores over time: mean, se, hmean, min, max, std, "
         "pN (a percentile), worst_Ns (the worst N seconds).",
     )
     max_pixels: int = Field(

@@ -93,13 +93,14 @@ class _Lease:
 
 @contextlib.contextmanager
 def held(output: Output, run_id: str) -> Iterator[None]:
-    """Hold the output for the time of the body.
+    """Hold the output for the time of the body. What a killed owner left half-written is removed.
 
     Raises OutputError when another run holds it, and RunError when it was lost in between: the
     machine then stood still for so long that another run took over.
     """
     lease = _Lease(output, run_id)
     lease.take()
+    output.remove_partials()
     thread = threading.Thread(target=lease.keep, daemon=True)
     thread.start()
     try:

@@ -11,10 +11,10 @@ from pipeline.errors import ConfigError
 Array = npt.NDArray[np.float64]
 
 DEFAULT_POOLING = (
-    "mean", "hmean", "min", "max", "std", "p1", "p5", "p10", "p50", "worst_1s", "worst_5s",
+    "mean", "se", "hmean", "min", "max", "std", "p1", "p5", "p10", "p50", "worst_1s", "worst_5s",
 )  # fmt: skip
 
-_SIMPLE = ("mean", "hmean", "min", "max", "std")
+_SIMPLE = ("mean", "se", "hmean", "min", "max", "std")
 _PERCENTILE = re.compile(r"p(\d{1,2})")
 _WORST = re.compile(r"worst_(\d+)s")
 
@@ -61,10 +61,12 @@ class Frames:
 def pool(frames: Frames, names: tuple[str, ...]) -> dict[str, float | int | None]:
     """Pool frame scores over time. Keys are those of `columns`.
 
-    Every statistic counts a frame for the time that it stands for. The harmonic mean is null when
-    a score is zero or below, where it is not defined. With equal weights, percentiles interpolate
-    linearly between frames (numpy's default); otherwise they are the score that at least N % of
-    the time is at or below (inverted distribution function).
+    `se` is the standard error of the mean, had the frames been drawn at random; evenly spread ones
+    err less. It is null for a single frame. Every statistic counts a frame for the time that it
+    stands for. The harmonic mean is null when a score is zero or below, where it is not defined.
+    With equal weights, percentiles interpolate linearly between frames (numpy's default); otherwise
+    they are the score that at least N % of the time is at or below (inverted distribution
+    function).
     """
     out: dict[str, float | int | None] = {"score": _mean(frames)}
     for name in names:
@@ -84,6 +86,8 @@ def _single(frames: Frames, name: str) -> float | None:
     scores, weights = frames.scores, frames.weights
     if name == "hmean":
         return 1 / float(np.average(1 / scores, weights=weights)) if scores.min() > 0 else None
+    if name == "se":
+        return _standard_error(frames)
     if name == "min":
         return float(scores.min())
     if name == "max":
@@ -94,6 +98,15 @@ def _single(frames: Frames, name: str) -> float | None:
     if np.ptp(weights) <= 1e-9 * weights.max():
         return float(np.percentile(scores, percent))
     return float(np.percentile(scores, percent, weights=weights, method="inverted_cdf"))
+
+
+def _standard_error(frames: Frames) -> float | None:
+    """sqrt(n / (n - 1) sum (w (x - mean))^2) / sum w: s / sqrt(n) when all weigh the same."""
+    n = len(frames.scores)
+    if n < 2:
+        return None
+    off = frames.weights * (frames.scores - _mean(frames))
+    return float(np.sqrt(n / (n - 1) * np.vdot(off, off)) / frames.weights.sum())
 
 
 def _mean(frames: Frames) -> float:

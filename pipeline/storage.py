@@ -36,6 +36,9 @@ REQUEST_BYTES = 4 << 20
 HEADER_BYTES = 1 << 20
 READ_AHEAD_BYTES = (256 << 10, 8 << 20)
 
+# How the names of files begin that are not complete yet.
+_PARTIAL = ".partial-"
+
 
 @dataclass(frozen=True)
 class Stat:
@@ -250,7 +253,7 @@ class Output:
         try:
             self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             folder = Path(target).parent if self.local else None
-            handle, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
+            handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
             os.close(handle)
             partial = Path(name)
             yield partial
@@ -267,6 +270,12 @@ class Output:
         finally:
             if partial is not None:
                 partial.unlink(missing_ok=True)
+
+    def remove_partials(self) -> None:
+        """Remove what killed processes were writing to; only for whoever alone may write here."""
+        if self.local:
+            for path in Path(self.path).glob(f"**/{_PARTIAL}*"):
+                path.unlink(missing_ok=True)
 
     def write_text(self, text: str, *parts: str) -> None:
         """Replace a small text file in one step."""

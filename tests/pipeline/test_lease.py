@@ -1,6 +1,7 @@
 """One run at a time on an output, and no waiting for the dead."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -115,3 +116,21 @@ def stand_still_until_another_takes_over(output):
         keeper = next(t for t in threading.enumerate() if "keep" in t.name)
         foreign(output)
         keeper.join(10)  # it ends when it finds the other's lease
+
+
+def test_what_a_killed_owner_was_writing_is_removed_by_the_next(output, tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from pipeline import lease\n"
+        "from pipeline.storage import Output\n"
+        "output = Output(sys.argv[1])\n"
+        "with lease.held(output, 'killed'), output.publish('scores', 'm.parquet') as path:\n"
+        "    path.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "scores").iterdir()
+    assert left.read_text() == "half"
+    with lease.held(output, "next"):
+        assert list((tmp_path / "scores").iterdir()) == []

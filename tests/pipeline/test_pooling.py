@@ -23,6 +23,8 @@ def test_with_even_spacing_the_poolings_are_the_plain_statistics(values):
     assert found["score"] == pytest.approx(np.mean(values))
     assert found["score_hmean"] == pytest.approx(stats.hmean(values))
     assert found["score_std"] == pytest.approx(np.std(values), abs=1e-9)
+    expected = stats.sem(values) if len(values) > 1 else None
+    assert found["score_se"] == (expected and pytest.approx(expected, abs=1e-9))
     assert (found["score_min"], found["score_max"]) == (min(values), max(values))
     for percent in (1, 5, 10, 50):
         assert found[f"score_p{percent}"] == pytest.approx(np.percentile(values, percent))
@@ -46,6 +48,16 @@ def test_a_weight_counts_like_that_many_equal_frames(values, data):
     repeated = pool(frames(np.repeat(values, counts)), ("mean", "hmean", "std", "min"))
     for name, value in repeated.items():
         assert weighted[name] == pytest.approx(value, abs=1e-9)
+
+
+def test_the_standard_error_covers_the_mean_of_a_video_that_was_sampled_at_random():
+    rng = np.random.Generator(np.random.PCG64(1))
+    every = rng.beta(2, 5, 100_000)
+    inside = 0
+    for _ in range(500):
+        found = pool(frames(rng.choice(every, 16)), ("se",))
+        inside += abs(found["score"] - every.mean()) < 2 * found["score_se"]
+    assert 0.9 < inside / 500 < 0.97
 
 
 def test_weighted_percentiles_follow_time_not_frames():

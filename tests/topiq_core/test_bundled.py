@@ -1,12 +1,18 @@
 """The model that comes with the package: usable offline, small, licensed, and good enough."""
 
+import io
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
+from scipy import ndimage
 
+from jobs.sample_media import landscape
 from topiq_core import cards
+from topiq_core.scorer import Scorer
 
 PATH = cards.BUNDLED_DIR / f"{cards.DEFAULT_CARD}.safetensors"
 
@@ -82,3 +88,48 @@ def test_the_default_model_agrees_with_people_as_well_as_promised(card):
 def test_the_notice_of_the_photos_owners_comes_with_the_default_model():
     notice = PATH.with_name(f"{cards.DEFAULT_CARD}.COPYRIGHT.txt")
     assert "University of Texas at Austin" in notice.read_text()
+
+
+FR_PATH = cards.BUNDLED_DIR / "cfanet_lite_fr.safetensors"
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return Scorer.load("cfanet_lite_fr", device="cpu")
+
+
+def test_the_bundled_model_that_compares_is_small_and_says_where_it_comes_from(compare):
+    card = compare.card
+    assert 1_000_000 < FR_PATH.stat().st_size < 20_000_000
+    assert (card.name, card.architecture.mode) == ("cfanet_lite_fr", "fr")
+    assert "LIVE In the Wild" in card.trained_on
+    assert {"srocc", "plcc"} <= set(card.accuracy)
+    notice = FR_PATH.with_name("cfanet_lite_fr.COPYRIGHT.txt")
+    assert "University of Texas at Austin" in notice.read_text()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "blur", "noise", "small"])
+def test_the_bundled_model_that_compares_orders_degrees_of_a_distortion(compare, kind):
+    """On a picture that the test makes: the reference first, then every degree in its place."""
+    picture = landscape(256, 384, seed=11)
+    rng = np.random.Generator(np.random.PCG64(1))
+
+    def worse(degree):
+        image = Image.fromarray(picture)
+        if kind == "jpeg":
+            packed = io.BytesIO()
+            image.save(packed, "jpeg", quality=(60, 25, 5)[degree])
+            return np.asarray(Image.open(packed))
+        if kind == "blur":
+            return ndimage.gaussian_filter(picture, sigma=(0.8, 2, 5)[degree], axes=(0, 1))
+        if kind == "noise":
+            noisy = picture + rng.normal(0, (6, 20, 60)[degree], picture.shape)
+            return np.clip(noisy, 0, 255).astype(np.uint8)
+        factor = (1.5, 3, 8)[degree]
+        small = image.resize((int(384 / factor), int(256 / factor)), Image.Resampling.BICUBIC)
+        return np.asarray(small.resize((384, 256), Image.Resampling.BICUBIC))
+
+    ladder = [picture, *(worse(degree) for degree in range(3))]
+    scores = list(compare.score_renditions(ladder, picture))
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] - scores[-1] > 0.3
