@@ -114,8 +114,8 @@ class _Decoder:
         take: Callable[[RGB], None] | None,
         policy: Policy,
         crop: str | None,
-        see: Callable[[VideoFrame], None] | None,
-        convert: bool,
+        see: Callable[[VideoFrame], None] | None = None,
+        convert: bool = True,
     ) -> None:
         self.url, self.container, self.stream = url, container, stream
         self.limits, self.take, self.see, self.convert = limits, take, see, convert
