@@ -345,18 +345,6 @@ def test_a_gpu_that_is_not_there_is_an_error_not_a_slow_night(tmp_path, clips):
         score_into(clips["h264.mp4"], tmp_path / "out", device="cuda")
 
 
-def test_a_full_reference_model_is_refused_before_anything_starts(tmp_path, clips):
-    from topiq_core import cards, weights
-    from topiq_core.cfanet import CFANet
-
-    shape = cards.Architecture("fr", "mobilenet_v2", inter_dim=8, heads=2, gate_dim=4)
-    card = cards.Card("tiny_fr", shape, "tiny_fr.safetensors", "", "none", "nothing")
-    weights.save(CFANet(shape), card, tmp_path / "tiny_fr.safetensors")
-    with pytest.raises(ConfigError, match="reference"):
-        score_into(clips["h264.mp4"], tmp_path / "out", model=str(tmp_path / "tiny_fr.safetensors"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_models_live_side_by_side_in_one_output(tmp_path, clips):
     from topiq_core import cards, weights
     from topiq_core.cfanet import CFANet

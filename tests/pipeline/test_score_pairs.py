@@ -239,6 +239,7 @@ def test_a_model_that_compares_asks_for_references(catalog, model, tmp_path):
         score(catalog / "out", tmp_path / "out", model=model)
     with pytest.raises(ConfigError, match="takes no reference"):
         score(catalog / "out", tmp_path / "out", reference=str(catalog / "ref/a.mp4"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_ladder_of_a_reference_is_printed_drawn_and_written(scored, tmp_path):
