@@ -195,7 +195,8 @@ def pair_agreement(scores: Sequence[float], pairs: Sequence[Pair]) -> PairAgreem
     steps = [
         spearmanr(x[of], [-pairs[i].level for i in of]).statistic
         for of in by_ladder.values()
-        if len(of) > 2
+        # A distortion may do nothing to a picture, as desaturation to a gray one.
+        if len(of) > 2 and np.ptp(x[of]) > 0
     ]
     tops = [
         x[number] > best[pair.reference]
