@@ -109,7 +109,7 @@ def pair_frames(
     the distorted video. What has no partner is left out. Raises Misaligned when nothing has one.
     """
     ours, theirs = np.array(distorted.frame_times), np.array(reference.frame_times)
-    if rule == "number":
+    if rule == "number" or len(ours) == len(theirs) == 1:  # one frame has no duration to go by
         partner = align.match_by_number(np.arange(len(ours)), len(theirs)).reference
     else:
         partner = align.match(ours, theirs, offset_s, align.interval_s(ours)).reference

@@ -73,6 +73,13 @@ def test_by_number_the_nth_goes_with_the_nth_whatever_their_times():
     assert (found.n_matched, found.n_unmatched) == (8, 2)
 
 
+@pytest.mark.parametrize("spec", ["uniform:16", "fps:1", "all", "keyframes"])
+def test_two_videos_of_one_frame_are_one_pair(spec):
+    parsed = SampleSpec.parse(spec)
+    found = pairs.pair_frames("x", parsed, timeline(1, 25, start=1.0), timeline(1, 25), -1.0)
+    assert (found.samples.times, found.reference_times) == ((1.0,), (0.0,))
+
+
 def test_files_that_show_nothing_together_are_refused():
     with pytest.raises(Misaligned, match=r"x: no frame of it .*\+9\.000 s"):
         pairs.pair_frames("x", SampleSpec("all"), timeline(10, 25), timeline(10, 25), 9.0)
