@@ -103,7 +103,8 @@ class Events:
             )
         else:
             self._say(f"nothing new to score, {summary['seconds']:.0f} s")
-        self._say(f"scores: {summary['output']}/scores/{summary['model']}.parquet")
+        for model in summary["model"].split(","):
+            self._say(f"scores: {summary['output']}/scores/{model}.parquet")
 
     def _evaluated(self, output: str, scatter: str | None, **found: Any) -> None:
         left_out = f", {found['n_failed']} failed and left out" if found["n_failed"] else ""

@@ -193,7 +193,10 @@ def plot(ladder: Ladder, path: Path) -> None:
         _line(axes, [r for r in ladder.renditions if r.codec == codec], marker="o", label=codec)
     hull = [r for r in ladder.renditions if r.on_hull]
     _line(axes, hull, color="black", linestyle=":", linewidth=1, label="convex hull")
-    axes.set(xscale="log", xlabel="bit rate, kbit/s", ylabel="score")
+    axes.set_xscale("log", subs=(2, 5))
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
+    axes.set(xlabel="bit rate, kbit/s", ylabel="score")
     axes.set_title(ladder.reference_uri.rsplit("/", 1)[-1])
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
