@@ -101,9 +101,11 @@ def _photo(task: tuple[Path, Path, Settings]) -> list[dict[str, Any]]:
     """Every pair of one photo: a row each, with its metrics. Kept, so that it is made once."""
     import torch
 
+    from topiq_core.training.pairs import source_name
+
     photo, output, settings = task
     torch.set_num_threads(1)
-    name = f"{photo.stem}-{hashlib.sha256(photo.name.encode()).hexdigest()[:6]}"
+    name = source_name(photo)
     done = output / name / "measured.json"
     if done.exists():
         kept = json.loads(done.read_text())

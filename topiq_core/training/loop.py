@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
 from topiq_core import backbones
@@ -41,15 +42,28 @@ class Recipe:
     norm_weight: float = 0.5
     seed: int = 1
     group: int = 1
-    """Full reference only: members of a batch that share a reference and a crop."""
+    """Of pairs: members of a batch that share a reference and a crop."""
     order_weight: float = 0.0
-    """Full reference only: weight of the loss on the order within a group."""
+    """Of pairs: weight of the loss on the order within a group."""
     frozen_stages: int = 0
     """So many of the backbone's five stages stay as they were; the first ones cost the most."""
+    pair_batch: int = 0
+    """Beside ratings: distorted pictures in a step, in groups; 0 for none."""
+    pair_crop: int = 192
+    """Beside ratings: side of the crops of distorted pictures, in pixels."""
+    pair_weight: float = 1.0
+    """Beside ratings: weight of the loss on the distorted pictures."""
+    pair_range: tuple[float, float] = (0.15, 0.85)
+    """Beside ratings: what a pair's labels 0 and 1 are worth on the scale of the ratings."""
+    average: float = 0.0
+    """Decay of the exponential average of the weights, step by step; 0 for the last weights."""
 
 
 FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
 """For labelled pairs: an epoch is one group of every reference."""
+
+MIXED_RECIPE = Recipe(group=4, order_weight=1.0, frozen_stages=2, pair_batch=8, average=0.995)
+"""For ratings with labelled pairs beside them: an epoch is every rated image once."""
 
 
 def fit(
@@ -59,24 +73,30 @@ def fit(
     backbone_state: dict[str, torch.Tensor],
     checkpoint: Path,
     device: str = "cpu",
+    beside: Sequence[Pair] = (),
 ) -> CFANet:
     """Train from an ImageNet backbone. Continues from `checkpoint` when it holds this same run.
 
     ratings: rated images, or labelled pairs for a full-reference architecture. An epoch shows every
-    image once, or of every reference one group of pairs.
+    image once, or of every reference one group of pairs. beside: labelled pairs for a no-reference
+    architecture, whose distorted pictures are learned from in every step beside the rated images.
 
     The checkpoint is replaced after every epoch and removed by nobody: a finished one returns at
     once. A checkpoint of another recipe, data or architecture is ignored, with a warning.
     """
     samples = _samples(ratings, recipe)
-    per_batch = recipe.batch_size // recipe.group
-    if not 0 < per_batch <= len(samples):
-        raise RatingsError(
-            f"{len(samples)} samples of {recipe.group} do not fill a batch of "
-            f"{recipe.batch_size}: give more, or a smaller --batch-size."
-        )
+    pairs = (
+        PairGroups(list(beside), recipe.group, recipe.pair_crop, recipe.seed) if beside else None
+    )
+    steps = _steps(samples, recipe.batch_size)
+    if pairs is not None:
+        _steps(pairs, recipe.pair_batch)
     identity = json.dumps(
-        [asdict(architecture), asdict(recipe), [(r.path.name, r.mos) for r in ratings]]
+        [
+            asdict(architecture),
+            asdict(recipe),
+            [(r.path.name, r.mos) for r in [*ratings, *beside]],
+        ]
     )
     torch.manual_seed(recipe.seed)
     net = CFANet(architecture)
@@ -86,18 +106,24 @@ def fit(
         stage.requires_grad_(False)
     net.to(device)
 
-    steps_per_epoch = len(samples) // per_batch
     optimiser = _optimiser(net, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, _WarmupCosine(recipe.warmup_steps, steps_per_epoch * recipe.epochs)
+        optimiser, _WarmupCosine(recipe.warmup_steps, steps * recipe.epochs)
     )
+    moving = swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
+    average = swa_utils.AveragedModel(net, multi_avg_fn=moving)
+    parts: dict[str, Any] = {
+        "net": net,
+        "average": average,
+        "optimiser": optimiser,
+        "schedule": schedule,
+    }
     first_epoch = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         if saved["identity"] == identity:
-            net.load_state_dict(saved["net"])
-            optimiser.load_state_dict(saved["optimiser"])
-            schedule.load_state_dict(saved["schedule"])
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
             first_epoch = saved["epoch"]
         else:
             log.warning("%s belongs to another run: starting afresh", checkpoint)
@@ -105,34 +131,31 @@ def fit(
     for epoch in range(first_epoch, recipe.epochs):
         started, total = time.monotonic(), 0.0
         torch.manual_seed(recipe.seed * 100_003 + epoch)
-        samples.epoch = epoch
         net.train()
-        for batch in _batches(samples, recipe, epoch):
-            loss = _loss(net, [part.to(device) for part in batch], recipe)
+        batches: Iterator[Any] = _batches(samples, recipe.batch_size, recipe.seed, epoch)
+        if pairs is not None:
+            batches = zip(batches, _endless(pairs, recipe, epoch * steps), strict=False)
+        for batch in batches:
+            loss = _loss(net, batch, recipe, device)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             schedule.step()
+            average.update_parameters(net)
             total += loss.item()
-        _save_checkpoint(
-            checkpoint,
-            {
-                "identity": identity,
-                "epoch": epoch + 1,
-                "net": net.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "schedule": schedule.state_dict(),
-            },
-        )
+        states = {name: part.state_dict() for name, part in parts.items()}
+        _save_checkpoint(checkpoint, {"identity": identity, "epoch": epoch + 1, **states})
         log.info(
             "epoch %d of %d: loss %.4f, %.0f s",
             epoch + 1,
             recipe.epochs,
-            total / max(1, steps_per_epoch),
+            total / steps,
             time.monotonic() - started,
         )
-    return net.eval()
+    averaged = average.module
+    assert isinstance(averaged, CFANet)
+    return averaged.eval()
 
 
 @torch.inference_mode()
@@ -166,7 +189,10 @@ class PairAgreement:
 
 @torch.inference_mode()
 def score_pairs(net: CFANet, pairs: Sequence[Pair], device: str = "cpu") -> list[float]:
-    """Scores at native size, in the order of `pairs`, reading every reference once."""
+    """Scores at native size, in the order of `pairs`, reading every reference once.
+
+    A no-reference network is given the distorted pictures alone.
+    """
     found: dict[Pair, float] = {}
     for path, group in itertools.groupby(
         sorted(pairs, key=lambda p: str(p.reference)), lambda p: p.reference
@@ -174,8 +200,14 @@ def score_pairs(net: CFANet, pairs: Sequence[Pair], device: str = "cpu") -> list
         reference = read_rgb(path).unsqueeze(0).to(device).float() / 255
         while some := tuple(itertools.islice(group, 5)):
             images = torch.stack([read_rgb(pair.path) for pair in some]).to(device).float() / 255
-            found.update(zip(some, net(images, reference).tolist(), strict=True))
+            scores = net(images) if net.architecture.mode == "nr" else net(images, reference)
+            found.update(zip(some, scores.tolist(), strict=True))
     return [found[pair] for pair in pairs]
+
+
+def validate_pairs(net: CFANet, pairs: Sequence[Pair], device: str = "cpu") -> PairAgreement:
+    """Score pairs at native size and compare with their labels."""
+    return pair_agreement(score_pairs(net, pairs, device), pairs)
 
 
 def pair_agreement(scores: Sequence[float], pairs: Sequence[Pair]) -> PairAgreement:
@@ -237,27 +269,62 @@ def _samples(
     return RatedImages(images, recipe.crop, recipe.seed)
 
 
-def _loss(net: CFANet, batch: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
-    """Of images [N,3,C,C] and mos [N], or of pairs: [G,K,3,C,C], [G,3,C,C] and [G,K]."""
-    if len(batch) == 2:
-        images, mos = batch
-        return quality_loss(net(images), mos, recipe.norm_weight)
+def _loss(net: CFANet, batch: Any, recipe: Recipe, device: str) -> torch.Tensor:
+    """Of images [N,3,C,C] and mos [N]; of pairs, as `_pair_loss` takes them; or of both."""
+    if isinstance(batch, tuple):
+        rated, distorted = batch
+        of_pairs = _pair_loss(net, [part.to(device) for part in distorted], recipe)
+        return _loss(net, rated, recipe, device) + recipe.pair_weight * of_pairs
+    parts = [part.to(device) for part in batch]
+    if len(parts) == 3:
+        return _pair_loss(net, parts, recipe)
+    images, mos = parts
+    return quality_loss(net(images), mos, recipe.norm_weight)
+
+
+def _pair_loss(net: CFANet, batch: Sequence[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """Of distorted pictures [G,K,3,C,C], their references [G,3,C,C] and mos [G,K]."""
     distorted, reference, mos = batch
-    predicted = net(distorted.flatten(0, 1), reference).view_as(mos)
+    if net.architecture.mode == "fr":
+        predicted = net(distorted.flatten(0, 1), reference)
+    else:
+        low, high = recipe.pair_range
+        predicted, mos = net(distorted.flatten(0, 1)), low + (high - low) * mos
+    predicted = predicted.view_as(mos)
     loss = quality_loss(predicted.flatten(), mos.flatten(), recipe.norm_weight)
     return loss + recipe.order_weight * order_loss(predicted, mos)
 
 
+def _steps(samples: RatedImages | PairGroups, batch_size: int) -> int:
+    """Full batches in one pass. Raises RatingsError where there is not even one."""
+    per_batch = batch_size // samples.group
+    if not 0 < per_batch <= len(samples):
+        raise RatingsError(
+            f"{len(samples)} samples of {samples.group} do not fill a batch of {batch_size}: "
+            "give more, or a smaller --batch-size."
+        )
+    return len(samples) // per_batch
+
+
 def _batches(
-    samples: RatedImages | PairGroups, recipe: Recipe, epoch: int
+    samples: RatedImages | PairGroups, batch_size: int, seed: int, epoch: int
 ) -> Iterator[list[torch.Tensor]]:
     """Shuffled by (seed, epoch). A last, smaller batch is left out: the losses need full ones."""
-    order = np.random.Generator(np.random.PCG64([recipe.seed, epoch])).permutation(len(samples))
+    samples.epoch = epoch
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(samples))
     yield from DataLoader(
         torch.utils.data.Subset[Any](samples, [int(i) for i in order]),
-        batch_size=recipe.batch_size // recipe.group,
+        batch_size=batch_size // samples.group,
         drop_last=True,
     )
+
+
+def _endless(pairs: PairGroups, recipe: Recipe, first: int) -> Iterator[list[torch.Tensor]]:
+    """Batches of pairs from the step `first` of the training on, pass after pass."""
+    done, start = divmod(first, _steps(pairs, recipe.pair_batch))
+    for number in itertools.count(done):
+        batches = _batches(pairs, recipe.pair_batch, recipe.seed, number)
+        yield from itertools.islice(batches, start if number == done else 0, None)
 
 
 def _optimiser(net: CFANet, recipe: Recipe) -> torch.optim.Optimizer:

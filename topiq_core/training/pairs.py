@@ -1,6 +1,7 @@
 """Labelled pairs: a CSV of distorted pictures and their references, read as training samples."""
 
 import csv
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from topiq_core.training.ratings import RatingsError, read_rgb
+from topiq_core.training.ratings import Rating, RatingsError, read_rgb
 
 IDENTICAL = "identical"
 """The type of a pair whose sides are the same picture."""
@@ -74,6 +75,29 @@ def split_by_source(pairs: list[Pair], seed: int, held_out: float) -> tuple[list
     order = np.random.Generator(np.random.PCG64(seed)).permutation(len(sources))
     kept = {sources[i] for i in order[: round(len(sources) * (1 - held_out))]}
     return [p for p in pairs if p.source in kept], [p for p in pairs if p.source not in kept]
+
+
+def source_name(photo: Path) -> str:
+    """What the pairs made from a photo name as their source: its stem, and a hash of its name."""
+    return f"{photo.stem}-{hashlib.sha256(photo.name.encode()).hexdigest()[:6]}"
+
+
+def split_beside(
+    pairs: list[Pair], held_out_photos: list[Rating], photos: list[Rating], seed: int, share: float
+) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs that are learned from beside rated photos, which have been split already.
+
+    Pairs made from one of the `photos` go where it went; the other sources are split at random,
+    `share` of them held out. So no side has seen a photo of the other one, in any form.
+    """
+    rated = {source_name(photo.path) for photo in photos}
+    held_out = {source_name(photo.path) for photo in held_out_photos}
+    others = [pair for pair in pairs if pair.source not in rated]
+    kept, apart = split_by_source(others, seed, share)
+    return (
+        kept + [p for p in pairs if p.source in rated - held_out],
+        apart + [p for p in pairs if p.source in held_out],
+    )
 
 
 class PairGroups(Dataset[tuple[Tensor, Tensor, Tensor]]):

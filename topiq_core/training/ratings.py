@@ -68,6 +68,8 @@ class RatedImages(Dataset[tuple[Tensor, Tensor]]):
     uninterrupted one would have seen.
     """
 
+    group = 1
+
     def __init__(self, ratings: list[Rating], crop: int, seed: int) -> None:
         self.ratings, self.crop, self.seed, self.epoch = ratings, crop, seed, 0
 
