@@ -49,7 +49,7 @@ def direct(clip: str, times: list[float]) -> pa.Table:
         at += shot.rgb.nbytes
     heights, widths = zip(*(s.rgb.shape[:2] for s in shots), strict=True)
     times, weights = [s.pts_s for s in shots], [s.weight_s for s in shots]
-    return _with_frames(ROW, Frames(times, weights, list(heights), list(widths), pixels))
+    return _with_frames([(ROW, Frames(times, weights, list(heights), list(widths), pixels))])
 
 
 def main() -> None:
@@ -68,7 +68,9 @@ def main() -> None:
 
         def guarded(times: list[float]) -> pa.Table:
             weights = [1.0] * len(times)
-            return _with_frames(ROW, guard.decode_video(clip, times, weights, PIXELS, BYTES, 600.0))
+            return _with_frames(
+                [(ROW, guard.decode_video(clip, times, weights, PIXELS, BYTES, 600.0))]
+            )
 
         def seconds(decode: object) -> float:
             started = time.perf_counter()

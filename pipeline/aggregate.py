@@ -5,9 +5,11 @@
 scores/ is derived: it can be rebuilt at any time, and is replaced in one step.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,57 +21,24 @@ import pyarrow.dataset as pads
 from pipeline import plan as plan_step
 from pipeline import pooling, schemas
 from pipeline.errors import ConfigError, OutputError, RunError
-from pipeline.storage import Output
+from pipeline.storage import Output, database
 
-_ITEMS_PER_BATCH = 512
+_ROWS_PER_BATCH = 512
 
-# One row per item: its plan, its units' frames in order, and how many units failed. Units of
-# earlier plans (changed files, other options) are in frame_scores/ too; the join leaves them out.
-# A failure counts until its unit is scored after all; of several, the last one.
+# Every unit with what became of it, those of an item together and in order. Units of earlier plans
+# (changed files, other options) are in frame_scores/ too; the join leaves them out.
+# Sorted and not grouped: DuckDB sorts in bounded memory, while an ordered list for each of a dozen
+# columns costs it 60 kB an item. Each table is read once: they come from readers.
 _QUERY = """
-WITH last_failures AS (
-    SELECT unit_id, code, message
-    FROM failures ANTI JOIN frame_scores USING (unit_id)
-    QUALIFY row_number() OVER (PARTITION BY unit_id ORDER BY finished_at DESC) = 1
-),
-outcomes AS (
-    SELECT unit_id, pts_s, score, weight_s, partial, n_missing, message, frame, run_id,
-           psnr_y, psnr_weighted, ssim, ms_ssim, NULL AS code
-    FROM frame_scores
-    UNION ALL BY NAME
-    SELECT * FROM last_failures
-),
-items AS (
-    SELECT
-        p.item_id,
-        count(DISTINCT p.unit_id) AS n_units,
-        count(DISTINCT o.unit_id) AS n_known,
-        count(o.unit_id) AS n_outcomes,
-        count(o.code) AS n_units_failed,
-        flatten(list(o.pts_s ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS pts_s,
-        flatten(list(o.score ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS frame_score,
-        flatten(list(o.weight_s ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS weight_s,
-        {measures},
-        bool_or(coalesce(o.partial, false)) OR count(o.code) > 0 AS partial,
-        sum(coalesce(o.n_missing, 0)) AS n_missing,
-        first(o.message ORDER BY p.unit_index) FILTER (o.message IS NOT NULL) AS message,
-        first(o.frame ORDER BY p.unit_index) FILTER (o.frame IS NOT NULL) AS form,
-        first(o.code ORDER BY p.unit_index) FILTER (o.code IS NOT NULL) AS code,
-        max(o.run_id) AS run_id
-    FROM plan p LEFT JOIN outcomes o USING (unit_id)
-    GROUP BY p.item_id
-)
-SELECT head.* EXCLUDE (n_units, message, code, times_s, weights_s), items.* EXCLUDE (item_id)
-FROM plan head JOIN items USING (item_id)
-WHERE head.unit_index = 0
-ORDER BY head.uri, head.reference_uri
-""".replace(
-    "{measures}",
-    ",\n        ".join(
-        f"flatten(list(o.{name} ORDER BY p.unit_index) FILTER (o.score IS NOT NULL)) AS {name}"
-        for name in schemas.MEASURES
-    ),
-)
+SELECT p.* EXCLUDE (code, message, times_s, weights_s), o AS score_row
+FROM plan p LEFT JOIN (FROM frame_scores UNION ALL FROM failures) o USING (unit_id)
+ORDER BY p.uri, p.reference_uri, p.item_id, p.unit_index
+"""
+_OUTCOME_COLUMNS = [
+    "unit_id", "code", "message", "finished_at", "run_id", "partial", "n_missing", "frame",
+    "pts_s", "score", "weight_s", *schemas.MEASURES,
+]  # fmt: skip
+_BY_FRAME = ("pts_s", "score", "weight_s", *schemas.MEASURES)
 
 
 @dataclass
@@ -96,10 +65,12 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
     extras = [f for f in _plan(output, model).schema if f.name not in schemas.PLAN.names]
     schema = schemas.scores(names, extras)
     counts = Counts()
-    reader = connection.sql(_QUERY).to_arrow_reader(_ITEMS_PER_BATCH)
+    reader = connection.sql(_QUERY).to_arrow_reader(_ROWS_PER_BATCH)
+    units = (row for batch in reader for row in batch.to_pylist())
+    items = (list(of) for _, of in itertools.groupby(units, lambda row: row["item_id"]))
     with output.parquet_writer(schema, "scores", f"{model}.parquet") as writer:
-        for batch in reader:
-            rows = list(_item_rows(batch.to_pylist(), names, counts))
+        while some := list(itertools.islice(items, _ROWS_PER_BATCH)):
+            rows = list(_item_rows(map(_joined, some), names, counts))
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         if counts.lost_units:
             raise RunError(
@@ -116,7 +87,7 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
 
 def planning_failures(output: Output, model: str) -> list[tuple[str, str, str]]:
     """(uri, code, message) of the items that could not be planned."""
-    connection = duckdb.connect()
+    connection = database()
     connection.register("plan", _plan(output, model))
     query = "SELECT uri, code, message FROM plan WHERE code IS NOT NULL ORDER BY uri"
     rows: list[tuple[str, str, str]] = connection.execute(query).fetchall()
@@ -152,16 +123,56 @@ def _plan(output: Output, model: str) -> pads.Dataset:
 
 
 def _connect(output: Output, model: str) -> duckdb.DuckDBPyConnection:
-    """A connection that sees `plan` (of the model), `frame_scores` and `failures`."""
-    connection = duckdb.connect()
+    """A connection that sees `plan` (of the model), and what it needs of the outcomes."""
+    connection = database()
     connection.register("plan", _plan(output, model))
     for name in ("frame_scores", "failures"):
-        connection.register(name, output.dataset(output.parquet_files(name), schemas.OUTCOME))
+        rows = output.scan(output.parquet_files(name), schemas.OUTCOME, _OUTCOME_COLUMNS)
+        connection.register(name, rows)
     return connection
 
 
+def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """An item of its units' rows, in order: what the plan says of it, and all its frames."""
+    units = [list(of) for _, of in itertools.groupby(rows, lambda row: row["unit_id"])]
+    known = [outcomes for outcomes in map(_settled, units) if outcomes]
+    outcomes = list(itertools.chain.from_iterable(known))
+    scored = [outcome for outcome in outcomes if outcome["score"] is not None]
+
+    def first(name: str) -> Any:
+        return next((o[name] for o in outcomes if o[name] is not None), None)
+
+    by_frame = {name: [v for o in scored for v in o[name] or ()] for name in _BY_FRAME}
+    return {
+        **rows[0],
+        **by_frame,
+        "frame_score": by_frame["score"],
+        "n_units": len(units),
+        "n_known": len(known),
+        "n_outcomes": len(outcomes),
+        "n_units_failed": sum(o["code"] is not None for o in outcomes),
+        "partial": any(o["partial"] or o["code"] is not None for o in outcomes),
+        "n_missing": sum(o["n_missing"] for o in outcomes),
+        "message": first("message"),
+        "form": first("frame"),
+        "code": first("code"),
+        "run_id": max((o["run_id"] for o in outcomes), default=None),
+    }
+
+
+def _settled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What counts of a unit's outcomes: its scores, or as long as there are none its last failure.
+
+    More than one with scores are a fault, and are all counted.
+    """
+    outcomes = [row["score_row"] for row in rows if row["score_row"]["unit_id"] is not None]
+    scored = [outcome for outcome in outcomes if outcome["score"] is not None]
+    epoch = datetime.min.replace(tzinfo=UTC)
+    return scored or sorted(outcomes, key=lambda o: o["finished_at"] or epoch)[-1:]
+
+
 def _item_rows(
-    items: list[dict[str, Any]], names: tuple[str, ...], counts: Counts
+    items: Iterable[dict[str, Any]], names: tuple[str, ...], counts: Counts
 ) -> Iterator[dict[str, Any]]:
     for item in items:
         counts.lost_units += item["n_units"] - item["n_known"]
@@ -201,6 +212,8 @@ def _in_order(item: dict[str, Any]) -> pooling.Frames:
     times = np.asarray(item["pts_s"], dtype=np.float64)
     weights = np.asarray(item["weight_s"], dtype=np.float64)
     scores = np.asarray(item["frame_score"], dtype=np.float64)
+    if (np.diff(times) > 0).all():
+        return pooling.Frames(times, weights, scores)
     unique, first, inverse = np.unique(times, return_index=True, return_inverse=True)
     return pooling.Frames(
         unique, np.bincount(inverse, weights=weights).astype(np.float64), scores[first]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import plan, schemas
-from pipeline.storage import Output
+from pipeline.storage import Output, database
 
 FOLDER = "_checkpoint"
 _PENDING = ".pending.parquet"
@@ -78,7 +78,7 @@ def _connect(output: Output, model: str) -> duckdb.DuckDBPyConnection:
         for path in output.parquet_files(FOLDER)
         if path.endswith(_PENDING)
     )
-    connection = duckdb.connect()
+    connection = database()
     plans = [output.inside(*plan.table_path(model))]
     connection.register("plan", output.dataset(plans, schemas.PLAN))
     connection.register("done", output.dataset(_committed(output), _SCHEMA))

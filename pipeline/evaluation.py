@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow.dataset as pads
@@ -29,7 +28,7 @@ from pipeline.config import Config
 from pipeline.datasets import Rated
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError
 from pipeline.run import Event
-from pipeline.storage import Output, join, redacted
+from pipeline.storage import Output, database, join, redacted
 from topiq_core import metrics
 
 Array = npt.NDArray[np.float64]
@@ -236,7 +235,7 @@ def _score(items: Iterable[Rated], output: Output, config: Config, event: Event)
 
 def _outcomes(output: Output, model: str) -> list[dict[str, Any]]:
     """One row per planned item: uri, mos, type, score (null when it failed), code, message."""
-    connection = duckdb.connect()
+    connection = database()
     fs = output.arrow_filesystem()
     tables = {"plan": plan.table_path(model), "scores": ("scores", f"{model}.parquet")}
     for name, place in tables.items():

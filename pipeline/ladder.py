@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
 from pipeline import aggregate
 from pipeline.errors import ConfigError, OutputError
-from pipeline.storage import Output
+from pipeline.storage import Output, database
 
 SCHEMA = pa.schema(
     [
@@ -93,7 +92,7 @@ def read(output: Output, model: str | None) -> tuple[str, list[Ladder]]:
 
     Raises OutputError when there are none, and ConfigError when a model must be chosen.
     """
-    connection = duckdb.connect()
+    connection = database()
     connection.register("scores", aggregate.scores(output, model))
     rows = connection.execute(_QUERY).fetchall()
     if not rows:

@@ -27,9 +27,9 @@ class Monitor:
         self.failures_allowed = failures_allowed
         self.progress = Progress()
 
-    def scored(self, frames: int) -> None:
-        """A unit was scored."""
-        self.progress.units += 1
+    def scored(self, units: int, frames: int) -> None:
+        """So many more units were scored, with so many frames in all."""
+        self.progress.units += units
         self.progress.frames += frames
 
     def failed(self, uri: str, code: str, message: str) -> bool:

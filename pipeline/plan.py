@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -196,7 +195,7 @@ def _with_known(items: pa.Table, before: pads.Dataset | None) -> pa.Table:
     """The items, and beside each its file's size, time and etag as the last plan has them."""
     if before is None:
         return items
-    connection = duckdb.connect()
+    connection = storage.database()
     connection.register("items", items)
     connection.register("known", before)
     return connection.sql(_KNOWN).to_arrow_table()
@@ -220,7 +219,7 @@ def _merged(
         return
     columns = [f'known."{name}"' for name in schemas.PLAN.names]
     columns += [f"items.{_quoted(field.name)}" for field in catalog.extras]
-    connection = duckdb.connect()
+    connection = storage.database()
     ids = pa.chunked_array(unchanged, pa.string())
     connection.register("unchanged", pa.table({"item_id": ids}))
     connection.register("known", before)

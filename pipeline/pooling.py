@@ -69,6 +69,7 @@ def pool(frames: Frames, names: tuple[str, ...]) -> dict[str, float | int | None
     function).
     """
     out: dict[str, float | int | None] = {"score": _mean(frames)}
+    percentiles = _percentiles(frames, [name for name in names if _PERCENTILE.fullmatch(name)])
     for name in names:
         if name == "mean":
             continue
@@ -78,26 +79,34 @@ def pool(frames: Frames, names: tuple[str, ...]) -> dict[str, float | int | None
             out[f"{name}_start_s"] = start
             out[f"{name}_n_frames"] = count
         else:
-            out[f"score_{name}"] = _single(frames, name)
+            out[f"score_{name}"] = (
+                percentiles[name] if name in percentiles else _single(frames, name)
+            )
     return out
 
 
 def _single(frames: Frames, name: str) -> float | None:
     scores, weights = frames.scores, frames.weights
     if name == "hmean":
-        return 1 / float(np.average(1 / scores, weights=weights)) if scores.min() > 0 else None
+        return float(weights.sum() / np.dot(weights, 1 / scores)) if scores.min() > 0 else None
     if name == "se":
         return _standard_error(frames)
     if name == "min":
         return float(scores.min())
     if name == "max":
         return float(scores.max())
-    if name == "std":
-        return float(np.sqrt(np.average((scores - _mean(frames)) ** 2, weights=weights)))
-    percent = int(name[1:])
+    return float(np.sqrt(np.dot(weights, (scores - _mean(frames)) ** 2) / weights.sum()))
+
+
+def _percentiles(frames: Frames, names: list[str]) -> dict[str, float]:
+    """All at once: numpy takes 0.1 ms to start on any, as long as an item's other poolings."""
+    percents = [int(name[1:]) for name in names]
+    weights = frames.weights
     if np.ptp(weights) <= 1e-9 * weights.max():
-        return float(np.percentile(scores, percent))
-    return float(np.percentile(scores, percent, weights=weights, method="inverted_cdf"))
+        found = np.percentile(frames.scores, percents)
+    else:
+        found = np.percentile(frames.scores, percents, weights=weights, method="inverted_cdf")
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def _standard_error(frames: Frames) -> float | None:
@@ -110,7 +119,7 @@ def _standard_error(frames: Frames) -> float | None:
 
 
 def _mean(frames: Frames) -> float:
-    return float(np.average(frames.scores, weights=frames.weights))
+    return float(np.dot(frames.scores, frames.weights) / frames.weights.sum())
 
 
 def worst_window(frames: Frames, length_s: float) -> tuple[float, float, int]:

@@ -58,7 +58,7 @@ class Graph:
     """The stages between plan/ and the written rows.
 
     columns: of the plan. gather: from the rows of a block to rows that are each decoded as one;
-    None when they are that already. decode: a generator function, called with a batch of one row
+    None when they are that already. decode: a generator function, called with the rows of a block
     and the arguments of `decode_units`. score: an actor class, constructed as `ScoreUnits` is.
     most_units: how many units a gathered row may hold.
     """
@@ -117,7 +117,7 @@ def run(
                 addresses,
                 commits.earlier_attempts(output, weights[0].card.name),
             ),
-            batch_size=1,
+            batch_size=None,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(size=shares.decode_tasks),
             num_cpus=shares.decode_cpus,
@@ -193,15 +193,27 @@ def decode_units(
 
     addresses: as for `run`; earlier: how often a unit was tried by earlier runs, by unit_id.
     """
+    waiting: list[tuple[dict[str, Any], Frames]] = []
     for unit in units.to_pylist():
-        if unit["code"] is None:  # those with a code failed at planning and are on record
-            unit["address"] = addresses.get(unit["item_id"], unit["uri"])
-            yield _decode_unit(unit, config, run_id, earlier.get(unit["unit_id"], 0))
+        if unit["code"] is not None:  # failed at planning, and is on record
+            continue
+        unit["address"] = addresses.get(unit["item_id"], unit["uri"])
+        waiting.append(_decode_unit(unit, config, run_id, earlier.get(unit["unit_id"], 0)))
+        if sum(len(found.pixels) for _, found in waiting) >= _TOGETHER_BYTES:
+            yield _with_frames(waiting)
+            waiting = []
+    if waiting:
+        yield _with_frames(waiting)
+
+
+# Small units go on together: a table of 40 columns for each costs Ray more than decoding a small
+# picture does. Larger ones go on at once, and their pixels are not copied.
+_TOGETHER_BYTES = 4 << 20
 
 
 def _decode_unit(
     unit: dict[str, Any], config: Config, run_id: str, attempts_before: int
-) -> pa.Table:
+) -> tuple[dict[str, Any], Frames]:
     started = time.perf_counter()
     row = begun(unit, run_id, attempts_before)
     found = _NOTHING
@@ -224,7 +236,7 @@ def _decode_unit(
     except Exception as error:
         row |= failure("decode", error, unit, config) | {"pts_s": unit["times_s"]}
     row["decode_s"] = time.perf_counter() - started
-    return _with_frames(row, found)
+    return row, found
 
 
 _NOTHING = Frames([], [], [], [], b"")
@@ -272,23 +284,36 @@ def form(found: Frames) -> dict[str, Any]:
     return {"width": width, "height": height, **look, "scaled_from": scaled_from}
 
 
-def _with_frames(row: dict[str, Any], found: Frames) -> pa.Table:
-    """A table of one row; the pixels are those that the decoder process wrote, not a copy."""
-    sizes = [3 * h * w for h, w in zip(found.heights, found.widths, strict=True)]
+def _with_frames(rows: Sequence[tuple[dict[str, Any], Frames]]) -> pa.Table:
+    """A table of rows and their frames. Pixels of a single row are those that the decoder wrote."""
+    widths = [found.widths for _, found in rows]
+    heights = [found.heights for _, found in rows]
+    sizes = [
+        3 * h * w
+        for hs, ws in zip(heights, widths, strict=True)
+        for h, w in zip(hs, ws, strict=True)
+    ]
     ends = np.cumsum([0, *sizes], dtype=np.int64)
+    parts = [found.pixels for _, found in rows]
+    pixels = parts[0] if len(parts) == 1 else b"".join(parts)
     blobs = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(sizes), [None, pa.py_buffer(ends), pa.py_buffer(found.pixels)]
+        pa.large_binary(), len(sizes), [None, pa.py_buffer(ends), pa.py_buffer(pixels)]
     )
-    plain = pa.schema([f for f in schemas.DECODED if f.name not in ("frames", "widths", "heights")])
-    table = pa.Table.from_pylist([row], schema=plain)
+    firsts = np.cumsum([0, *(len(w) for w in widths)], dtype=np.int32)
     lists = {
-        "frames": pa.ListArray.from_arrays(pa.array([0, len(sizes)], pa.int32()), blobs),
-        "widths": pa.array([found.widths], pa.list_(pa.int32())),
-        "heights": pa.array([found.heights], pa.list_(pa.int32())),
+        "frames": pa.ListArray.from_arrays(pa.array(firsts), blobs),
+        "widths": pa.array(widths, pa.list_(pa.int32())),
+        "heights": pa.array(heights, pa.list_(pa.int32())),
     }
+    table = pa.Table.from_pylist([row for row, _ in rows], schema=_DECODED_ROW)
     for name, column in lists.items():
         table = table.append_column(schemas.DECODED.field(name), column)
     return table
+
+
+_DECODED_ROW = pa.schema(
+    [f for f in schemas.DECODED if f.name not in ("frames", "widths", "heights")]
+)
 
 
 def failure(stage: str, error: Exception, unit: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -337,39 +362,48 @@ class ScoreUnits:
         self.monitor = monitor
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Frames of all rows are scored together, so that sizes batch across videos."""
+        """Frames of all rows are scored together, so that sizes batch across items."""
         rows = batch.drop_columns(["frames", "widths", "heights"]).to_pylist()
         views = [list(frames_of(batch, index)) for index in range(batch.num_rows)]
         results = [timed(self._score_rows, scorer, views) for scorer in self.scorers]
         total = sum(len(v) for v in views) or 1
-        for index, (row, frames) in enumerate(zip(rows, views, strict=True)):
-            share = len(frames) / total
-            yield self._finished(row, [(found[index], share * s) for found, s in results])
+        shares = [len(frames) / total for frames in views]
+        yield self._finished(
+            rows,
+            [
+                [(found[index], share * s) for found, s in results]
+                for index, share in enumerate(shares)
+            ],
+        )
 
-    def _finished(self, row: dict[str, Any], results: list[tuple[Any, float]]) -> pa.Table:
-        """The rows as they are written: one for each model, with its scores and its seconds.
+    def _finished(
+        self, rows: list[dict[str, Any]], results: list[list[tuple[Any, float]]]
+    ) -> pa.Table:
+        """The rows of units as they are written: one for each model.
 
-        results: scores, or the MediaError that came instead; then no model has scores of the unit,
-        so that what is done can be told by the rows of the first one.
+        results: for each unit and model its scores and seconds. In the place of scores may be the
+        MediaError that came instead; then no model has scores of the unit, so that what is done can
+        be told by the rows of the first one.
         """
-        row["finished_at"] = datetime.now(UTC)
-        errors = [result for result, _ in results if isinstance(result, MediaError)]
-        if errors:
-            row |= {"weight_s": None, **failure("score", errors[0], row, self.config)}
-            row["message"] = f"{row['uri']}: {errors[0]}"
-        row[_FOLDER] = "failures" if row["code"] else "frame_scores"
-        rows = []
-        for weights, (result, seconds) in zip(self.weights, results, strict=True):
-            own = row | {"score": None if row["code"] else result, "score_s": seconds}
-            if weights is not self.weights[0]:
-                own |= {
-                    "unit_id": companion_id(row["unit_id"], weights),
-                    "model": weights.card.name,
-                    **dict.fromkeys(("decode_s", "wait_s", *schemas.MEASURES)),
-                }
-            rows.append(own)
-        self._report(rows[0])
-        return pa.Table.from_pylist(rows, schema=_written_schema())
+        out = []
+        for row, of_unit in zip(rows, results, strict=True):
+            row["finished_at"] = datetime.now(UTC)
+            errors = [result for result, _ in of_unit if isinstance(result, MediaError)]
+            if errors:
+                row |= {"weight_s": None, **failure("score", errors[0], row, self.config)}
+                row["message"] = f"{row['uri']}: {errors[0]}"
+            row[_FOLDER] = "failures" if row["code"] else "frame_scores"
+            for weights, (result, seconds) in zip(self.weights, of_unit, strict=True):
+                own = row | {"score": None if row["code"] else result, "score_s": seconds}
+                if weights is not self.weights[0]:
+                    own |= {
+                        "unit_id": companion_id(row["unit_id"], weights),
+                        "model": weights.card.name,
+                        **dict.fromkeys(("decode_s", "wait_s", *schemas.MEASURES)),
+                    }
+                out.append(own)
+        self._report(rows, [of_unit[0][0] for of_unit in results])
+        return pa.Table.from_pylist(out, schema=_written_schema())
 
     def _score_rows(self, scorer: "Scorer", views: list[list[Any]]) -> list[Any]:
         """Scores of each row's frames; when that fails, row by row, to find the one at fault."""
@@ -383,11 +417,15 @@ class ScoreUnits:
         ends = np.cumsum([len(v) for v in views])
         return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
 
-    def _report(self, row: dict[str, Any]) -> None:
-        if row["code"] is None:
-            self.monitor.scored.remote(len(row["score"]))
-        elif ray.get(self.monitor.failed.remote(row["uri"], row["code"], row["message"])):
-            raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
+    def _report(self, rows: list[dict[str, Any]], scores: list[Any]) -> None:
+        done = [len(found) for row, found in zip(rows, scores, strict=True) if row["code"] is None]
+        if done:
+            self.monitor.scored.remote(len(done), sum(done))
+        for row in rows:
+            if row["code"] is None:
+                continue
+            if ray.get(self.monitor.failed.remote(row["uri"], row["code"], row["message"])):
+                raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
 
 
 def timed(work: Callable[..., list[Any]], *given: Any) -> tuple[list[Any], float]:

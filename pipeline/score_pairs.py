@@ -292,10 +292,15 @@ class ScorePairs(score.ScoreUnits):
                 )
             ]
             found = [score.timed(self._score_with, scorer, units) for scorer in self.scorers]
-            total = sum(len(unit[0]) for unit in units) or 1
-            for number, (row, unit) in enumerate(zip(rows, units, strict=True)):
-                share = len(unit[0]) / total
-                yield self._finished(row, [(scores[number], share * s) for scores, s in found])
+            total = sum(len(ours) for ours, *_ in units) or 1
+            shares = [len(ours) / total for ours, *_ in units]
+            yield self._finished(
+                rows,
+                [
+                    [(scores[number], share * s) for scores, s in found]
+                    for number, share in enumerate(shares)
+                ],
+            )
 
     def _score_with(self, scorer: "Scorer", units: list[Any]) -> list[Any]:
         """Scores of each unit's frames, by a model that compares or by one that does not."""

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import duckdb
-import pyarrow.dataset as pads
-
 from pipeline import schemas
 from pipeline.cluster import Shares
-from pipeline.storage import Output
+from pipeline.storage import Output, database
 
 Bottleneck = Literal["decode", "score", "io", "overhead"]
 
@@ -60,11 +57,11 @@ def of_run(output: Output, run_id: str, model: str, shares: Shares, seconds: flo
 
     Frames are counted once, by the rows of `model`; the seconds are those of all models.
     """
-    connection = duckdb.connect()
+    connection = database()
     files = output.parquet_files("frame_scores")
     if files:
-        rows = pads.dataset(files, schema=schemas.OUTCOME, filesystem=output.arrow_filesystem())
-        connection.register("table_of_run", rows)
+        columns = ["run_id", "model", "score", "frame", "decode_s", "wait_s", "score_s"]
+        connection.register("table_of_run", output.scan(files, schemas.OUTCOME, columns))
         found = connection.execute(_QUERY, {"run_id": run_id, "model": model}).fetchall()[0]
     else:
         found = (0, 0, 0.0, 0.0, 0.0)

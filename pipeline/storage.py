@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -196,6 +197,11 @@ def _media_errors(url: str) -> Iterator[None]:
         raise StorageError(f"{url}: cannot be read ({error}).") from error
 
 
+def database() -> duckdb.DuckDBPyConnection:
+    """DuckDB in memory; what needs more than 1 GB goes to files in the temporary folder."""
+    return duckdb.connect(config={"memory_limit": "1GB", "temp_directory": tempfile.gettempdir()})
+
+
 class Output:
     """The output folder: a URL that all workers can reach."""
 
@@ -240,6 +246,15 @@ class Output:
         if not files:
             return schema.empty_table()
         return pads.dataset(files, schema=schema, filesystem=self.arrow_filesystem())
+
+    def scan(self, files: list[str], schema: pa.Schema, columns: list[str]) -> pa.RecordBatchReader:
+        """Columns of Parquet files of one schema, to be read once.
+
+        Unlike a dataset that is scanned, it does not keep the footers of all files in memory: a
+        large run has thousands, of 150 kB each.
+        """
+        dataset = pads.dataset(files, schema=schema, filesystem=self.arrow_filesystem())
+        return dataset.scanner(columns=columns, cache_metadata=False).to_reader()
 
     @contextlib.contextmanager
     def publish(self, *parts: str) -> Iterator[Path]:
