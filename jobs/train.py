@@ -25,6 +25,7 @@ Ratings = Annotated[
     typer.Argument(help="CSV: `image,mos`, or for fr `uri,reference_uri,mos`; names relative."),
 ]
 _HELD_OUT = 0.2
+_WATCHED = 0.1
 
 
 class Mode(StrEnum):
@@ -32,6 +33,21 @@ class Mode(StrEnum):
 
     NR = "nr"
     FR = "fr"
+
+
+class Loss(StrEnum):
+    """What is made small."""
+
+    NORM = "norm"
+    PLCC = "plcc"
+    EMD = "emd"
+
+
+class Precision(StrEnum):
+    """Of the maps in training."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +63,21 @@ class _Task:
     threads: int | None
     split: int | None
     beside: "Sequence[Pair]" = ()
+    events: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """As the log and TensorBoard call it."""
+        return "final" if self.split is None else f"split{self.split}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Of what a split held out: agreement, and outputs and ratings of the images."""
+
+    accuracy: dict[str, float]
+    outputs: list[float]
+    ratings: list[float]
 
 
 def train(
@@ -79,62 +110,104 @@ def train(
     seed: Annotated[int, typer.Option(help="Seeds the splits, the crops and the weights.")] = 1,
     device: Annotated[str, typer.Option(help="Any torch device.")] = "cpu",
     processes: Annotated[int, typer.Option(help="Trainings side by side, one thread each.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Ray Train workers for each training, on one machine or a cluster.")
+    ] = 1,
+    loss: Annotated[
+        Loss, typer.Option(help="norm: norm-in-norm; plcc; emd: of columns votes_1, votes_2 ..")
+    ] = Loss.NORM,
+    accumulate: Annotated[int, typer.Option(help="Batches summed up for a step.")] = 1,
+    precision: Annotated[Precision, typer.Option(help="bf16 is for GPUs.")] = Precision.FP32,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many epochs without a better SROCC; 0: never.")
+    ] = 0,
+    tensorboard: Annotated[bool, typer.Option(help="Write events to WORK/events.")] = False,
+    scale: Annotated[
+        str, typer.Option(help="What the card says that the ends of the rating scale mean.")
+    ] = "0 is the worst and 1 the best end of the rating scale",
 ) -> None:
     """Train a bundled-size model: validate on random splits, then train on all and export.
 
     The card's accuracy is the mean over the splits, each trained from scratch with the recipe of
     the exported model and measured on its fp16-rounded weights. Splits of pairs are by source.
+    What the held-out ratings say of its outputs calibrates a no-reference model. With --patience
+    a tenth of the training part is watched, and kept out of the training.
     """
     import logging
 
-    from topiq_core import weights
+    from topiq_core import metrics, weights
     from topiq_core.cards import Architecture, Card
     from topiq_core.training import loop
     from topiq_core.training.pairs import read_pairs
     from topiq_core.training.ratings import read_ratings
 
-    gate_dim = 32 if mode is Mode.FR else 16
-    architecture = Architecture(mode.value, "mobilenet_v2", 128, 4, gate_dim)
+    if processes > 1 and workers > 1:
+        raise typer.BadParameter("--processes and --workers exclude each other.")
     recipe = loop.FR_RECIPE if mode is Mode.FR else loop.Recipe()
     beside: list[Pair] = []
     if pairs is not None:
         if mode is Mode.FR:
             raise typer.BadParameter("--pairs is for --mode nr: fr trains on pairs alone.")
         recipe, beside = loop.MIXED_RECIPE, read_pairs(pairs)
-    asked: dict[str, Any] = {"epochs": epochs, "crop": crop, "batch_size": batch_size, "seed": seed}
+    asked: dict[str, Any] = {
+        "epochs": epochs,
+        "crop": crop,
+        "batch_size": batch_size,
+        "seed": seed,
+        "loss": loss.value,
+        "accumulate": accumulate,
+        "precision": precision.value,
+        "patience": patience,
+        "workers": workers,
+    }
     recipe = dataclasses.replace(recipe, **{k: v for k, v in asked.items() if v is not None})
     rated: list[Rating] | list[Pair]
+    outputs = 1
     if mode is Mode.FR:
         rated = read_pairs(ratings, (mos_low, 1.0 if mos_high is None else mos_high))
     else:
         rated = read_ratings(ratings, (mos_low, 100.0 if mos_high is None else mos_high))
+        outputs = len(rated[0].votes) if loss is Loss.EMD else 1
+    gate_dim = 32 if mode is Mode.FR else 16
+    architecture = Architecture(mode.value, "mobilenet_v2", 128, 4, gate_dim, outputs)
 
-    threads = 1 if processes > 1 else None
-    numbers: list[int | None] = [*range(splits), None]
+    template = _Task(
+        architecture,
+        recipe,
+        rated,
+        backbone.absolute(),
+        (work / "final.pt").absolute(),
+        device,
+        threads=1 if processes > 1 else None,
+        split=None,
+        beside=beside,
+        events=(work / "events").absolute() if tensorboard else None,
+    )
     tasks = [
-        _Task(
-            architecture,
-            recipe,
-            rated,
-            backbone,
-            work / ("final.pt" if number is None else f"split{number}.pt"),
-            device,
-            threads,
-            number,
-            beside,
-        )
-        for number in numbers
+        dataclasses.replace(template, split=n, checkpoint=(work / f"split{n}.pt").absolute())
+        for n in range(splits)
     ]
     logging.getLogger("topiq_core").setLevel(logging.INFO)
-    found: list[dict[str, float]] = []
+    found: list[_Found] = []
+    tasks.append(template)
     for task, measured in zip(tasks, _all_run(tasks, processes), strict=True):
         if measured is not None:
             found.append(measured)
-            cli.say(
-                f"split {task.split}: " + ", ".join(f"{k} {v:.4f}" for k, v in measured.items())
-            )
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in measured.accuracy.items())
+            cli.say(f"{task.name}: {figures}")
 
-    net = _fitted(tasks[-1], rated, beside)  # from its finished checkpoint
+    calibration = None
+    if mode is Mode.NR and loss is not Loss.EMD and found:
+        try:
+            calibration = metrics.fit_calibration(
+                [output for one in found for output in one.outputs],
+                [rating for one in found for rating in one.ratings],
+                scale,
+            )
+        except ValueError as error:
+            cli.say(f"not calibrated: {error}")
+    net = _fit(template, _parts(template), device)  # from its finished checkpoint
+    names = found[0].accuracy if found else {}
     card = Card(
         name=output.stem,
         architecture=architecture,
@@ -142,14 +215,16 @@ def train(
         sha256="",
         licence=licence,
         trained_on=trained_on,
-        accuracy={name: fmean(one[name] for one in found) for name in (found[0] if found else [])},
+        score_range=(0.0, 1.0) if outputs == 1 else (1.0, float(outputs)),
+        accuracy={name: fmean(one.accuracy[name] for one in found) for name in names},
         recipe={**dataclasses.asdict(recipe), "splits": splits, "held_out": _HELD_OUT},
+        calibration=calibration,
     )
     weights.save(net, card, output)
     cli.say(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {card.accuracy}")
 
 
-def _all_run(tasks: Sequence[_Task], processes: int) -> "Iterator[dict[str, float] | None]":
+def _all_run(tasks: Sequence[_Task], processes: int) -> "Iterator[_Found | None]":
     """What each task measured, in turn."""
     if processes == 1:
         yield from map(_run, tasks)
@@ -159,57 +234,114 @@ def _all_run(tasks: Sequence[_Task], processes: int) -> "Iterator[dict[str, floa
         yield from pool.map(_run, tasks)
 
 
-def _run(task: _Task) -> dict[str, float] | None:
+def _run(task: _Task) -> _Found | None:
     """Train, and measure on what was held out. The final training measures nothing."""
     import logging
 
     import torch
 
+    from topiq_core.metrics import agreement
     from topiq_core.training import loop
+    from topiq_core.training.pairs import Pair
+    from topiq_core.training.ratings import Rating
+
+    if task.threads is not None:
+        logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {task.name}: %(message)s")
+        logging.getLogger("topiq_core").setLevel(logging.INFO)
+        torch.set_num_threads(task.threads)
+    parts = _parts(task)
+    net = loop.as_stored(_fitted(task, parts))
+    images = [rating for rating in parts.held_out if isinstance(rating, Rating)]
+    pairs = [rating for rating in parts.held_out if isinstance(rating, Pair)]
+    if not parts.held_out:
+        return None
+    accuracy: dict[str, float] = {}
+    outputs = loop.score_images(net, images, task.device)
+    if images:
+        rated = [rating.mos for rating in images]
+        accuracy = dataclasses.asdict(agreement(outputs, rated))
+    if pairs:
+        of_pairs = dataclasses.asdict(loop.validate_pairs(net, pairs, task.device))
+        prefix = "pairs_" if images else ""
+        accuracy |= {f"{prefix}{name}": value for name, value in of_pairs.items()}
+    return _Found(accuracy, outputs, [rating.mos for rating in images])
+
+
+def _parts(task: _Task) -> "_Parts":
+    """What a task learns from, watches and holds out: never the same photo, in any form."""
     from topiq_core.training.pairs import Pair, split_beside, split_by_source
     from topiq_core.training.ratings import Rating, split
 
-    if task.threads is not None:
-        name = "final" if task.split is None else f"split {task.split}"
-        logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {name}: %(message)s")
-        logging.getLogger("topiq_core").setLevel(logging.INFO)
-        torch.set_num_threads(task.threads)
-    if task.split is None:
-        _fitted(task, task.ratings, task.beside)
-        return None
-    seed = task.recipe.seed + task.split
-    pairs = [rating for rating in task.ratings if isinstance(rating, Pair)]
-    if pairs:
-        kept, held_out = split_by_source(pairs, seed, _HELD_OUT)
-        net = loop.as_stored(_fitted(task, kept))
-        return dataclasses.asdict(loop.validate_pairs(net, held_out, task.device))
     images = [rating for rating in task.ratings if isinstance(rating, Rating)]
-    training, validation = split(images, seed, _HELD_OUT)
-    beside, apart = split_beside(list(task.beside), validation, images, seed, _HELD_OUT)
-    net = loop.as_stored(_fitted(task, training, beside))
-    measured = dataclasses.asdict(loop.validate(net, validation, task.device))
-    if apart:
-        of_pairs = dataclasses.asdict(loop.validate_pairs(net, apart, task.device))
-        measured |= {f"pairs_{name}": value for name, value in of_pairs.items()}
-    return measured
+    pairs = [rating for rating in task.ratings if isinstance(rating, Pair)]
+    beside, seed = list(task.beside), task.recipe.seed + (task.split or 0)
+    held_out: list[Rating | Pair] = []
+    watched: list[Rating] | list[Pair] = []
+    if task.split is not None:
+        whole = images
+        images, apart = split(images, seed, _HELD_OUT)
+        beside, beside_apart = split_beside(beside, apart, whole, seed, _HELD_OUT)
+        pairs, pairs_apart = split_by_source(pairs, seed, _HELD_OUT)
+        held_out = [*apart, *beside_apart, *pairs_apart]
+    if task.recipe.patience:
+        if pairs:
+            pairs, watched = split_by_source(pairs, seed, _WATCHED)
+        else:
+            whole = images
+            images, watched = split(images, seed, _WATCHED)
+            beside, _ = split_beside(beside, watched, whole, seed, 0.0)
+    return _Parts(pairs or images, beside, watched, held_out)
 
 
-def _fitted(
-    task: _Task, ratings: "Sequence[Rating] | Sequence[Pair]", beside: "Sequence[Pair]" = ()
-) -> "CFANet":
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    ratings: "Sequence[Rating] | Sequence[Pair]"
+    beside: "Sequence[Pair]"
+    watched: "Sequence[Rating] | Sequence[Pair]"
+    held_out: "Sequence[Rating | Pair]"
+
+
+def _fitted(task: _Task, parts: _Parts) -> "CFANet":
+    """Train, by Ray Train when there are several workers; or only load what is finished."""
+    if task.recipe.workers > 1:
+        import ray.train
+        from ray.train.torch import TorchTrainer
+
+        from pipeline import cluster
+        from pipeline.config import Config
+
+        cluster.connect(Config())
+
+        def on_a_worker() -> None:
+            _fit(task, parts, str(ray.train.torch.get_device()))
+
+        TorchTrainer(
+            on_a_worker,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=task.recipe.workers, use_gpu=task.device.startswith("cuda")
+            ),
+            run_config=ray.train.RunConfig(
+                name=task.name, storage_path=str(task.checkpoint.parent / "ray_train")
+            ),
+        ).fit()
+    return _fit(task, parts, task.device)
+
+
+def _fit(task: _Task, parts: _Parts, device: str) -> "CFANet":
     import torch
 
     from topiq_core.training import loop
 
-    imagenet = torch.load(task.backbone, map_location="cpu", weights_only=True)
     return loop.fit(
         task.architecture,
         task.recipe,
-        ratings,
-        imagenet,
+        parts.ratings,
+        torch.load(task.backbone, map_location="cpu", weights_only=True),
         task.checkpoint,
-        task.device,
-        beside,
+        device,
+        parts.beside,
+        parts.watched,
+        task.events and task.events / task.name,
     )
 
 

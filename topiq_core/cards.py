@@ -37,13 +37,29 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """From what the network puts out to the scale of the ratings that it was trained for.
+
+    A logistic from 0 to 1, so it rises everywhere: 1 / (1 + exp(-(output - middle) / width)).
+    `meaning` says what 0 and 1 stand for. `n` ratings of pictures that were held out, with the
+    outputs of networks that had not seen them, fixed it.
+    """
+
+    middle: float
+    width: float
+    meaning: str
+    n: int
+
+
+@dataclass(frozen=True)
 class Card:
     """One model.
 
     `sha256` is the start (or the whole) of the weights file's hash; empty for a card that came
     out of the file itself. `short_side`: the shorter side of the image is brought to this many
     pixels before scoring; None means native resolution. `score_range` is what scores nearly
-    always fall into. `accuracy` maps a measure, such as `live_challenge_srocc`, to its value.
+    always fall into. `accuracy` maps a measure, such as `srocc`, to its value. `calibration` is
+    applied to what the network puts out.
     """
 
     name: str
@@ -57,6 +73,7 @@ class Card:
     hub_repo: str | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def to_json(self) -> str:
         """The card as it is stored in the metadata of a safetensors file."""
@@ -68,6 +85,10 @@ class Card:
         try:
             raw = json.loads(text)
             raw["architecture"] = Architecture(**raw["architecture"])
+            if raw.get("calibration") is not None:
+                raw["calibration"] = Calibration(**raw["calibration"])
+                if not raw["calibration"].width > 0:
+                    raise ValueError("its calibration does not rise")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", raw["name"]):
                 raise ValueError(f"its name {raw['name']!r} cannot be a file name")
             low, high = raw["score_range"]

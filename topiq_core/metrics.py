@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, stats
 
+from topiq_core.cards import Calibration
+
 Array = npt.NDArray[np.float64]
 
 
@@ -69,6 +71,23 @@ def fit_curve(scores: Array, ratings: Array, start: Curve | None = None) -> Curv
         line = np.polyfit(scores, ratings, 1)
     curves = [Curve(tuple(parameters.tolist())) for parameters in (found, line)]
     return min(curves, key=lambda curve: float(np.square(curve(scores) - ratings).sum()))
+
+
+def fit_calibration(scores: npt.ArrayLike, ratings: npt.ArrayLike, meaning: str) -> Calibration:
+    """The least-squares `Calibration` of outputs [N] to ratings [N] on a scale from 0 to 1, N >= 5.
+
+    Raises ValueError on other shapes, and when ratings do not rise with the outputs.
+    """
+    x, y = _paired(scores, ratings)
+    if not np.vdot(x - x.mean(), y - y.mean()) > 0:
+        raise ValueError("ratings do not rise with the outputs: there is nothing to calibrate")
+
+    def errors(parameters: Array) -> Array:
+        return logistic(x, 1.0, 0.0, parameters[0], np.exp(parameters[1])) - y
+
+    start = (float(x.mean()), float(np.log(x.std() or 1.0)))
+    middle, log_width = optimize.least_squares(errors, start).x
+    return Calibration(float(middle), float(np.exp(log_width)), meaning, len(x))
 
 
 def agreement(scores: npt.ArrayLike, ratings: npt.ArrayLike) -> Agreement:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from torch import Tensor
 
 from topiq_core import agreement
@@ -167,6 +168,9 @@ class Scorer:
                     _fetch(waiting.pop(0), out)
         for done in waiting:
             _fetch(done, out)
+        curve = self.card.calibration
+        if curve is not None:
+            out = expit((out - curve.middle) / curve.width).astype(np.float32)
         return out
 
     def _batch_size(self, h: int, w: int) -> int:

@@ -102,3 +102,54 @@ def test_pairs_become_a_full_reference_model_with_its_accuracy(made, tmp_path, p
     assert {"srocc", "plcc", "srocc_within_type", "ladder_srocc"} <= set(card.accuracy)
     assert (card.recipe["splits"], card.recipe["crop"], card.recipe["group"]) == (1, 64, 4)
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"split0.pt", "final.pt"}
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rated")
+    lines = ["image,mos"]
+    for number in range(30):
+        Image.fromarray(picture(number, 72, 72)).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{3 * number}")
+    (folder / "mos.csv").write_text("\n".join(lines) + "\n")
+    torch.manual_seed(5)
+    torch.save(mobilenet_v2(weights=None).state_dict(), folder / "imagenet.pth")
+    return folder
+
+
+def trained_on_ratings(rated, folder, **options):
+    model = folder / "mine.safetensors"
+    train(
+        rated / "mos.csv",
+        rated / "imagenet.pth",
+        model,
+        folder / "work",
+        "thirty pictures",
+        crop=64,
+        **({"splits": 1, "epochs": 1} | options),
+    )
+    return cards.read_embedded(model)
+
+
+@pytest.mark.slow
+def test_workers_of_ray_train_make_one_model(rated, tmp_path):
+    card = trained_on_ratings(rated, tmp_path, splits=0, workers=2, batch_size=4)
+    assert card.recipe["workers"] == 2
+    state = torch.load(tmp_path / "work" / "final.pt", weights_only=True)
+    assert state["epoch"] == 1
+    # Three steps each: 30 pictures in batches of 4 are 7, of which each worker takes its share.
+    assert state["schedule"]["last_epoch"] == 3
+
+
+def test_pairs_beside_ratings_are_measured_apart(made, rated, tmp_path):
+    card = trained_on_ratings(rated, tmp_path, pairs=made[0] / "pairs.csv")
+    assert {"srocc", "plcc", "pairs_srocc", "pairs_ladder_srocc"} <= set(card.accuracy)
+    assert card.recipe["pair_batch"] > 0
+
+
+def test_the_same_seed_gives_the_same_accuracy(rated, tmp_path):
+    one, other = (
+        trained_on_ratings(rated, tmp_path / name, seed=4, patience=1, epochs=2) for name in "ab"
+    )
+    assert one.accuracy == other.accuracy
+    assert one.recipe["patience"] == 1

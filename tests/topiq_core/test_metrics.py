@@ -6,7 +6,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from topiq_core.metrics import agreement, bounds, fit_curve, logistic
+from topiq_core.metrics import agreement, bounds, fit_calibration, fit_curve, logistic
 
 SCORES = np.linspace(-2, 3, 41)
 
@@ -181,3 +181,17 @@ def test_where_a_resample_has_no_correlation_the_interval_is_nan_and_nothing_is_
 def test_bounds_refuse_what_agreement_refuses():
     with pytest.raises(ValueError, match="5 or more"):
         bounds([1, 2, 3], [1, 2, 3])
+
+
+def test_a_calibration_gives_back_the_ratings_of_a_logistic_relation_and_rises():
+    outputs = np.linspace(-0.4, 1.6, 60)
+    ratings = logistic(outputs, 1.0, 0.0, 0.45, 0.2)
+    found = fit_calibration(outputs, ratings, "0 is bad")
+    assert (found.middle, found.width) == pytest.approx((0.45, 0.2), abs=1e-4)
+    assert (found.meaning, found.n) == ("0 is bad", 60)
+
+
+@pytest.mark.parametrize("ratings", [np.linspace(1, 0, 9), np.full(9, 0.5)], ids=["falls", "flat"])
+def test_outputs_that_do_not_rise_with_ratings_are_not_calibrated(ratings):
+    with pytest.raises(ValueError, match="rise"):
+        fit_calibration(np.linspace(0, 1, 9), ratings, "")

@@ -1,5 +1,6 @@
 """What `Scorer` promises about the frames it takes and the scores it returns."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from golden.parameters import fill, noisy, picture
 from PIL import Image
 
-from topiq_core.cards import Architecture, Card
+from topiq_core.cards import Architecture, Calibration, Card
 from topiq_core.cfanet import CFANet
-from topiq_core.errors import CardError, FrameError
+from topiq_core.errors import CardError, FrameError, WeightsError
 from topiq_core.scorer import Scorer, _halving_on_oom, resized
 
 SIZES = [(64, 64), (48, 80), (64, 64), (80, 48), (64, 64), (48, 80), (33, 32)]
@@ -327,3 +328,27 @@ def test_no_renditions_give_no_scores(pair_scorer):
 def test_a_precision_for_gpus_is_refused_on_a_cpu(precision):
     with pytest.raises(CardError, match="for GPUs"):
         Scorer.load(device="cpu", precision=precision)
+
+
+@pytest.mark.parametrize("mode", ["nr", "fr"])
+def test_a_calibrated_card_maps_outputs_onto_its_scale_in_the_same_order(mode):
+    plain, curve = small(mode), Calibration(0.2, 0.5, "0 is bad, 1 excellent", 100)
+    card = dataclasses.replace(plain.card, calibration=curve)
+    ours = Scorer(fill(CFANet(card.architecture)), card, torch.device("cpu"))
+    scored = [
+        s.score(FRAMES) if mode == "nr" else s.score_pairs(FRAMES, FRAMES) for s in (plain, ours)
+    ]
+    outputs, scores = scored
+    assert scores.dtype == np.float32
+    assert ((scores > 0) & (scores < 1)).all()
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-(outputs - 0.2) / 0.5)), rtol=1e-5)
+    assert (np.argsort(scores) == np.argsort(outputs)).all()
+
+
+def test_a_card_gives_its_calibration_back_and_refuses_one_that_falls():
+    curve = Calibration(0.2, 0.5, "0 is bad, 1 excellent", 100)
+    card = dataclasses.replace(small().card, calibration=curve)
+    assert Card.from_json(card.to_json()) == card
+    falling = dataclasses.replace(card, calibration=dataclasses.replace(curve, width=-0.5))
+    with pytest.raises(WeightsError, match="rise"):
+        Card.from_json(falling.to_json())

@@ -14,8 +14,10 @@ from torchvision.models import mobilenet_v2
 
 from topiq_core import weights
 from topiq_core.cards import Architecture, Card
+from topiq_core.cfanet import CFANet
+from topiq_core.errors import TopiqError
 from topiq_core.training import loop
-from topiq_core.training.losses import norm_in_norm, quality_loss
+from topiq_core.training.losses import emd_loss, norm_in_norm, plcc_loss, quality_loss
 from topiq_core.training.ratings import RatedImages, Rating, RatingsError, read_ratings, split
 
 ARCHITECTURE = Architecture("nr", "mobilenet_v2", inter_dim=32, heads=2, gate_dim=8)
@@ -311,3 +313,168 @@ def test_a_split_is_decided_by_its_seed(tmp_path):
     assert set(parts[0][1]) != set(parts[2][1])
     # Not the head or the tail of the list: rating files are often sorted.
     assert not np.array_equal([r.mos for r in parts[0][1]], [r.mos for r in everything[-8:]])
+
+
+@pytest.mark.parametrize("slope", [0.1, 1.0, 7.0])
+def test_the_plcc_loss_is_half_of_one_minus_pearsons_correlation(slope):
+    rated = torch.tensor([0.1, 0.4, 0.2, 0.9, 0.5])
+    predicted = torch.tensor([0.3, 0.2, 0.1, 0.8, 0.6])
+    r = np.corrcoef(predicted, rated)[0, 1]
+    assert float(plcc_loss(slope * predicted + 2, rated)) == pytest.approx((1 - r) / 2, abs=1e-4)
+    assert float(plcc_loss(rated, rated)) == pytest.approx(0, abs=1e-6)
+    assert float(plcc_loss(-rated, rated)) == pytest.approx(1, abs=1e-6)
+
+
+def test_moving_votes_by_more_grades_costs_more():
+    """What a cross entropy would not see: all three miss entirely."""
+    votes = torch.eye(5)[[0]]
+    costs = [float(emd_loss(torch.eye(5)[[grade]], votes)) for grade in range(5)]
+    assert costs == sorted(costs)
+    # All votes d grades away: d cumulated shares of the 5 differ by one.
+    assert costs == pytest.approx([(d / 5) ** 0.5 for d in range(5)], abs=1e-5)
+    same = torch.full((2, 5), 0.2, requires_grad=True)
+    emd_loss(same, torch.full((2, 5), 0.2)).backward()
+    assert torch.isfinite(same.grad).all()
+
+
+@pytest.fixture(scope="module")
+def voted(ratings_csv):
+    """The same photos, with votes for five grades beside the ratings."""
+    path = ratings_csv.with_name("votes.csv")
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "mos", *(f"votes_{grade}" for grade in range(1, 6))])
+        for number in range(8):
+            votes = np.bincount([number * 5 // 8, min(4, number * 5 // 8 + 1)], minlength=5) * 10
+            table.writerow([f"{number}.jpg", 1 + number / 2, *votes])
+    return read_ratings(path, (1, 5))
+
+
+def test_votes_are_read_as_shares(voted, ratings):
+    assert voted[0].votes == (0.5, 0.5, 0, 0, 0)
+    assert all(sum(rating.votes) == pytest.approx(1) for rating in voted)
+    assert [rating.mos for rating in voted] == [rating.mos for rating in ratings]
+    assert {rating.votes for rating in ratings} == {()}
+
+
+@pytest.mark.parametrize("votes", ["0,0", "-1,2", "nan,1", "x,1"])
+def test_votes_that_are_none_are_named_with_their_line(tmp_path, votes):
+    path = tmp_path / "votes.csv"
+    path.write_text(f"image,mos,votes_1,votes_2\na.jpg,1,1,1\nb.jpg,1,{votes}\n")
+    with pytest.raises(RatingsError, match=":3: "):
+        read_ratings(path, (0, 1))
+
+
+def test_a_network_of_grades_learns_the_votes(voted, backbone, tmp_path):
+    """All the same ones, which a backbone without training can tell as well."""
+    voted = [dataclasses.replace(rating, votes=(0, 0, 0, 1, 0)) for rating in voted]
+    architecture = dataclasses.replace(ARCHITECTURE, outputs=5)
+    recipe = dataclasses.replace(RECIPE, loss="emd", epochs=8, head_lr=1e-2)
+    net = loop.fit(architecture, recipe, voted, backbone, tmp_path / "run.pt")
+    with torch.inference_mode():
+        shares = torch.cat(
+            [net.distribution(loop.read_rgb(r.path)[None].float() / 255) for r in voted]
+        )
+    assert (shares.argmax(dim=1) == 3).all()
+    assert float(shares[:, 3].mean()) > 0.5
+
+
+def test_the_loss_of_votes_refuses_ratings_without_them(ratings, backbone, tmp_path):
+    recipe = dataclasses.replace(RECIPE, loss="emd")
+    with pytest.raises(RatingsError, match="votes"):
+        loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"loss": "plcc"}, {"accumulate": 2}, {"precision": "bf16"}, {"average": 0.9}],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_way_of_training_learns_another_network_and_resumes(
+    trained, ratings, backbone, tmp_path, monkeypatch, change
+):
+    recipe = dataclasses.replace(RECIPE, **change)
+    straight = loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "straight.pt")
+    assert not same(straight.state_dict(), trained[0].state_dict())
+    assert all(torch.isfinite(value).all() for value in straight.state_dict().values())
+    with monkeypatch.context() as patch:
+        stop_after_a_checkpoint(patch)
+        with pytest.raises(Stopped):
+            loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")
+    resumed = loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")
+    assert same(resumed.state_dict(), straight.state_dict())
+
+
+def test_two_batches_summed_up_are_one_of_twice_the_size(ratings, backbone, tmp_path):
+    """With a loss that is a mean over images; without dropout the weights agree to rounding."""
+    once = dataclasses.replace(RECIPE, epochs=1, batch_size=4, norm_weight=0.0, warmup_steps=0)
+    twice = dataclasses.replace(once, batch_size=2, accumulate=2)
+    nets = []
+    with torch.random.fork_rng():
+        for name, recipe in (("once", once), ("twice", twice)):
+
+            class Sure(CFANet):
+                def __init__(self, architecture):
+                    super().__init__(architecture, dropout=0.0)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "CFANet", Sure)
+                nets.append(loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / name))
+    image = torch.from_numpy(picture(3, 64, 64)).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        one, other = (float(net(image)) for net in nets)
+    assert one == pytest.approx(other, abs=2e-3)
+
+
+def test_training_stops_when_the_watched_srocc_does_not_rise_and_returns_the_best(
+    ratings, backbone, tmp_path, monkeypatch, caplog
+):
+    """What is watched is scripted: the second epoch is the best of those that are trained."""
+    given = iter([0.1, 0.5, 0.3, 0.2, 0.9, 0.9])
+    states = []
+
+    def watched(net, *_):
+        states.append({key: value.clone() for key, value in net.state_dict().items()})
+        return next(given)
+
+    monkeypatch.setattr(loop, "_srocc", watched)
+    recipe = dataclasses.replace(RECIPE, epochs=6, patience=2)
+    checkpoint = tmp_path / "run.pt"
+    with caplog.at_level(logging.INFO, logger="topiq_core"):
+        net = loop.fit(ARCHITECTURE, recipe, ratings[2:], backbone, checkpoint, watched=ratings[:2])
+    assert len(states) == 4
+    assert "epoch 4 of 6" in caplog.text
+    assert same(net.state_dict(), states[1])
+    again = loop.fit(ARCHITECTURE, recipe, ratings[2:], backbone, checkpoint, watched=ratings[:2])
+    assert len(states) == 4
+    assert same(again.state_dict(), states[1])
+
+
+def test_patience_without_anything_to_watch_is_refused(ratings, backbone, tmp_path):
+    with pytest.raises(RatingsError, match="patience"):
+        loop.fit(
+            ARCHITECTURE, dataclasses.replace(RECIPE, patience=1), ratings, backbone, tmp_path / "x"
+        )
+
+
+def test_tensorboard_sees_the_loss_and_the_watched_srocc_of_every_epoch(
+    ratings, backbone, tmp_path
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = dataclasses.replace(RECIPE, epochs=2)
+    events = tmp_path / "events"
+    loop.fit(
+        ARCHITECTURE, recipe, ratings[3:], backbone, tmp_path / "run.pt",
+        watched=ratings[:3], events=events,
+    )  # fmt: skip
+    found = EventAccumulator(str(events)).Reload()
+    assert set(found.Tags()["scalars"]) == {"loss", "learning_rate", "srocc"}
+    assert [event.step for event in found.Scalars("loss")] == [1, 2]
+    assert all(-1 <= event.value <= 1 for event in found.Scalars("srocc"))
+
+
+def test_a_recipe_for_several_workers_does_not_train_alone(ratings, backbone, tmp_path):
+    recipe = dataclasses.replace(RECIPE, workers=2)
+    with pytest.raises(TopiqError, match="1 processes"):
+        loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")

@@ -16,8 +16,15 @@ from topiq_core.cfanet import CFANet
 from topiq_core.training import loop
 from topiq_core.training.distortions import distort
 from topiq_core.training.losses import order_loss
-from topiq_core.training.pairs import Pair, PairGroups, read_pairs, split_by_source
-from topiq_core.training.ratings import RatingsError, read_ratings, read_rgb
+from topiq_core.training.pairs import (
+    Pair,
+    PairGroups,
+    read_pairs,
+    source_name,
+    split_beside,
+    split_by_source,
+)
+from topiq_core.training.ratings import Rating, RatingsError, read_ratings, read_rgb
 
 ARCHITECTURE = Architecture("fr", "mobilenet_v2", inter_dim=32, heads=2, gate_dim=8)
 RECIPE = loop.Recipe(
@@ -235,3 +242,79 @@ def test_the_order_loss_is_zero_once_the_differences_are_reached():
         (0.5 + 0.8 + 0.3 + 0.6 + 0.6) / 5
     )
     assert float(order_loss(rated, torch.ones_like(rated))) == 0
+
+
+NR = dataclasses.replace(ARCHITECTURE, mode="nr")
+BESIDE = loop.Recipe(
+    epochs=2, batch_size=2, crop=64, warmup_steps=1, group=4, order_weight=1.0, pair_batch=4,
+    pair_crop=64, average=0.5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    ratings = []
+    for number in range(6):
+        path = folder / f"{number}.png"
+        Image.fromarray(picture(number + 20, 96, 96)).save(path)
+        ratings.append(Rating(path, number / 5))
+    return ratings
+
+
+def test_pairs_beside_ratings_change_what_is_learned_and_a_resumed_training_is_the_same(
+    photos, pairs, backbone, tmp_path, monkeypatch
+):
+    alone = loop.fit(NR, BESIDE, photos, backbone, tmp_path / "alone.pt")
+    straight = loop.fit(NR, BESIDE, photos, backbone, tmp_path / "both.pt", beside=pairs)
+    assert not same(alone.state_dict(), straight.state_dict())
+    save = loop._save_checkpoint
+
+    def save_and_stop(path, state):
+        save(path, state)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save_checkpoint", save_and_stop)
+        with pytest.raises(Stopped):
+            loop.fit(NR, BESIDE, photos, backbone, tmp_path / "run.pt", beside=pairs)
+    resumed = loop.fit(NR, BESIDE, photos, backbone, tmp_path / "run.pt", beside=pairs)
+    assert same(resumed.state_dict(), straight.state_dict())
+
+
+def test_other_pairs_beside_the_same_ratings_are_another_run(
+    photos, pairs, backbone, tmp_path, caplog
+):
+    recipe = dataclasses.replace(BESIDE, epochs=1)
+    loop.fit(NR, recipe, photos, backbone, tmp_path / "run.pt", beside=pairs)
+    loop.fit(NR, recipe, photos, backbone, tmp_path / "run.pt", beside=pairs[7:])
+    assert "another run" in caplog.text
+
+
+def test_a_network_without_references_scores_pairs_by_their_distorted_pictures(pairs):
+    net = CFANet(NR).eval()
+    scores = loop.score_pairs(net, pairs[:4])
+    with torch.inference_mode():
+        alone = [float(net(read_rgb(p.path)[None].float() / 255)) for p in pairs[:4]]
+    assert scores == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_photo_is_on_both_sides_of_a_split_in_any_form(tmp_path, seed):
+    photos = [Rating(tmp_path / f"{number}.jpg", 0.5) for number in range(10)]
+    held_out = photos[seed : seed + 2]
+    sources = [source_name(photo.path) for photo in photos[:6]] + [
+        f"pristine {n}" for n in range(8)
+    ]
+    pairs = [
+        Pair(tmp_path / f"{source}-{level}", tmp_path / source, 0.5, "jpeg", level, source)
+        for source in sources
+        for level in (1, 2)
+    ]
+    kept, apart = split_beside(pairs, held_out, photos, seed, 0.25)
+    assert sorted(kept + apart, key=str) == sorted(pairs, key=str)
+    theirs, ours = ({pair.source for pair in side} for side in (apart, kept))
+    assert not theirs & ours
+    rated = {source_name(photo.path) for photo in held_out} & set(sources)
+    assert {source for source in theirs if not source.startswith("pristine")} == rated
+    assert sum(source.startswith("pristine") for source in theirs) == 2

@@ -7,25 +7,31 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader
 
 from topiq_core import backbones
 from topiq_core.cards import Architecture
-from topiq_core.cfanet import CFANet, initialise_head
+from topiq_core.cfanet import CFANet, expected_score, initialise_head
+from topiq_core.errors import TopiqError
 from topiq_core.metrics import Agreement, agreement
-from topiq_core.training.losses import order_loss, quality_loss
+from topiq_core.training.losses import emd_loss, order_loss, plcc_loss, quality_loss
 from topiq_core.training.pairs import IDENTICAL, Pair, PairGroups
 from topiq_core.training.ratings import RatedImages, Rating, RatingsError, read_rgb
 
 log = logging.getLogger(__name__)
+
+
+Loss = Literal["norm", "plcc", "emd"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,10 @@ class Recipe:
     backbone_lr: float = 1e-4
     weight_decay: float = 1e-4
     warmup_steps: int = 100
+    loss: Loss = "norm"
+    """norm: squared error and norm-in-norm; plcc: squared error and PLCC; emd: of votes."""
     norm_weight: float = 0.5
+    """Of norm-in-norm or PLCC beside the squared error."""
     seed: int = 1
     group: int = 1
     """Of pairs: members of a batch that share a reference and a crop."""
@@ -57,6 +66,14 @@ class Recipe:
     """Beside ratings: what a pair's labels 0 and 1 are worth on the scale of the ratings."""
     average: float = 0.0
     """Decay of the exponential average of the weights, step by step; 0 for the last weights."""
+    accumulate: int = 1
+    """Batches whose gradients are summed up before each step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: maps in bfloat16 (autocast), weights and losses in fp32. For GPUs."""
+    patience: int = 0
+    """Stop after so many epochs in a row without a better SROCC on what is watched; 0: never."""
+    workers: int = 1
+    """Processes that train together, each on batches of its own."""
 
 
 FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
@@ -74,28 +91,48 @@ def fit(
     checkpoint: Path,
     device: str = "cpu",
     beside: Sequence[Pair] = (),
+    watched: Sequence[Rating] | Sequence[Pair] = (),
+    events: Path | None = None,
 ) -> CFANet:
     """Train from an ImageNet backbone. Continues from `checkpoint` when it holds this same run.
 
     ratings: rated images, or labelled pairs for a full-reference architecture. An epoch shows every
     image once, or of every reference one group of pairs. beside: labelled pairs for a no-reference
     architecture, whose distorted pictures are learned from in every step beside the rated images.
+    watched: held out; after each epoch its SROCC is taken, and with `patience` the weights of the
+    best epoch are returned. events: a folder for TensorBoard.
 
     The checkpoint is replaced after every epoch and removed by nobody: a finished one returns at
     once. A checkpoint of another recipe, data or architecture is ignored, with a warning.
+
+    With `workers`, each process of a torch.distributed group calls this alike, and gradients are
+    averaged over them; the first one writes the checkpoint, which all must be able to read.
     """
+    if recipe.patience and not watched:
+        raise RatingsError("patience needs ratings to watch, and there are none.")
+    grades = {len(r.votes) if isinstance(r, Rating) else 0 for r in ratings}
+    if recipe.loss == "emd" and grades != {architecture.outputs}:
+        raise RatingsError(
+            f"loss emd needs votes for {architecture.outputs} grades of every image "
+            "(votes_1, votes_2 ..)."
+        )
     samples = _samples(ratings, recipe)
-    pairs = (
-        PairGroups(list(beside), recipe.group, recipe.pair_crop, recipe.seed) if beside else None
-    )
-    steps = _steps(samples, recipe.batch_size)
-    if pairs is not None:
+    steps = _steps(samples, recipe.batch_size) // (recipe.accumulate * recipe.workers)
+    if not steps:
+        raise RatingsError(
+            f"{len(samples)} samples are fewer than one step takes, with {recipe.workers} workers "
+            f"and {recipe.accumulate} batches each: give more, or a smaller --batch-size."
+        )
+    pairs = None
+    if beside:
+        pairs = PairGroups(list(beside), recipe.group, recipe.pair_crop, recipe.seed)
         _steps(pairs, recipe.pair_batch)
     identity = json.dumps(
         [
             asdict(architecture),
             asdict(recipe),
             [(r.path.name, r.mos) for r in [*ratings, *beside]],
+            [r.path.name for r in watched],
         ]
     )
     torch.manual_seed(recipe.seed)
@@ -112,60 +149,142 @@ def fit(
     )
     moving = swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
     average = swa_utils.AveragedModel(net, multi_avg_fn=moving)
+    averaged = average.module
+    assert isinstance(averaged, CFANet)
     parts: dict[str, Any] = {
         "net": net,
         "average": average,
         "optimiser": optimiser,
         "schedule": schedule,
     }
-    first_epoch = 0
+    first_epoch, best = 0, _Best()
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         if saved["identity"] == identity:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            first_epoch = saved["epoch"]
+            first_epoch, best = saved["epoch"], _Best(**saved["best"])
         else:
             log.warning("%s belongs to another run: starting afresh", checkpoint)
 
+    def over(epoch: int) -> bool:
+        """Whether nothing is left to do after so many epochs."""
+        tired = recipe.patience and epoch - best.epoch >= recipe.patience
+        return epoch >= recipe.epochs or (best.epoch > 0 and bool(tired))
+
+    rank = 0 if over(first_epoch) else _joined(recipe)
+    objective: nn.Module = _Objective(net, recipe, torch.device(device).type)
+    if recipe.workers > 1 and not over(first_epoch):
+        objective = DistributedDataParallel(
+            objective, broadcast_buffers=False, find_unused_parameters=True
+        )
     for epoch in range(first_epoch, recipe.epochs):
+        if over(epoch):
+            break
         started, total = time.monotonic(), 0.0
-        torch.manual_seed(recipe.seed * 100_003 + epoch)
+        torch.manual_seed(recipe.seed * 100_003 + epoch + 7_919 * rank)
         net.train()
-        batches: Iterator[Any] = _batches(samples, recipe.batch_size, recipe.seed, epoch)
+        batches = _batches(samples, recipe.batch_size, recipe.seed, epoch)
+        taken: Iterator[Any] = itertools.islice(batches, rank, None, recipe.workers)
         if pairs is not None:
-            batches = zip(batches, _endless(pairs, recipe, epoch * steps), strict=False)
-        for batch in batches:
-            loss = _loss(net, batch, recipe, device)
+            first = (epoch * steps * recipe.accumulate) * recipe.workers + rank
+            others = _endless(pairs, recipe, first)
+            taken = zip(taken, itertools.islice(others, 0, None, recipe.workers), strict=False)
+        for _ in range(steps):
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for batch in itertools.islice(taken, recipe.accumulate):
+                loss = objective(_moved(batch, device)) / recipe.accumulate
+                loss.backward()
+                total += loss.item()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             average.update_parameters(net)
-            total += loss.item()
-        states = {name: part.state_dict() for name, part in parts.items()}
-        _save_checkpoint(checkpoint, {"identity": identity, "epoch": epoch + 1, **states})
-        log.info(
-            "epoch %d of %d: loss %.4f, %.0f s",
-            epoch + 1,
-            recipe.epochs,
-            total / steps,
-            time.monotonic() - started,
-        )
-    averaged = average.module
-    assert isinstance(averaged, CFANet)
+        scalars = {"loss": total / steps, "learning_rate": float(schedule.get_last_lr()[-1])}
+        if watched:
+            scalars["srocc"] = _srocc(averaged.eval(), watched, device)
+            if scalars["srocc"] > best.srocc:
+                weights = {k: v.clone() for k, v in averaged.state_dict().items()}
+                best = _Best(epoch + 1, scalars["srocc"], weights if recipe.patience else {})
+        if rank == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            _save_checkpoint(
+                checkpoint,
+                {"identity": identity, "epoch": epoch + 1, "best": vars(best), **states},
+            )
+            log.info(
+                "epoch %d of %d: %s, %.0f s",
+                epoch + 1,
+                recipe.epochs,
+                ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()),
+                time.monotonic() - started,
+            )
+            _log_events(events, scalars, epoch + 1)
+    if best.weights:
+        averaged.load_state_dict(best.weights)
     return averaged.eval()
 
 
+@dataclass
+class _Best:
+    """The epoch, counted from 1, with the best SROCC on what is watched, and its weights."""
+
+    epoch: int = 0
+    srocc: float = -math.inf
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _joined(recipe: Recipe) -> int:
+    """This process's place among those that train together."""
+    together = distributed.is_available() and distributed.is_initialized()
+    workers = distributed.get_world_size() if together else 1
+    if workers != recipe.workers:
+        raise TopiqError(
+            f"{workers} processes train together, the recipe says {recipe.workers}. If the workers "
+            "have finished, their checkpoint cannot be seen from here: give a shared --work folder."
+        )
+    return distributed.get_rank() if together else 0
+
+
+def _moved(batch: Any, device: str) -> Any:
+    """A batch of rated images, of pairs, or a tuple of both, on the device."""
+    if isinstance(batch, tuple):
+        return tuple(_moved(part, device) for part in batch)
+    return [part.to(device) for part in batch]
+
+
+def _log_events(folder: Path | None, scalars: dict[str, float], epoch: int) -> None:
+    """Scalars for TensorBoard. A repeated epoch replaces what was there."""
+    if folder is None:
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TopiqError("TensorBoard is not installed: pip install 'topiq[train]'.") from error
+    with SummaryWriter(str(folder), purge_step=epoch) as writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, epoch)
+
+
+def _srocc(net: CFANet, rated: Sequence[Rating] | Sequence[Pair], device: str) -> float:
+    pairs = [rating for rating in rated if isinstance(rating, Pair)]
+    images = [rating for rating in rated if isinstance(rating, Rating)]
+    scores = score_pairs(net, pairs, device) if pairs else score_images(net, images, device)
+    return float(spearmanr(scores, [rating.mos for rating in rated]).statistic)
+
+
 @torch.inference_mode()
+def score_images(net: CFANet, ratings: Sequence[Rating], device: str = "cpu") -> list[float]:
+    """Scores at native size, one image at a time."""
+    return [
+        float(net(read_rgb(rating.path).unsqueeze(0).to(device).float() / 255))
+        for rating in ratings
+    ]
+
+
 def validate(net: CFANet, ratings: list[Rating], device: str = "cpu") -> Agreement:
-    """Agreement at native resolution, one image at a time."""
-    scores = []
-    for rating in ratings:
-        image = read_rgb(rating.path).unsqueeze(0).to(device).float() / 255
-        scores.append(float(net(image)))
-    return agreement(scores, [r.mos for r in ratings])
+    """Agreement of scores at native size with ratings."""
+    return agreement(score_images(net, ratings, device), [r.mos for r in ratings])
 
 
 @dataclass(frozen=True)
@@ -266,33 +385,53 @@ def _samples(
     if pairs:
         return PairGroups(pairs, recipe.group, recipe.crop, recipe.seed)
     images = [rating for rating in ratings if isinstance(rating, Rating)]
-    return RatedImages(images, recipe.crop, recipe.seed)
+    return RatedImages(images, recipe.crop, recipe.seed, votes=recipe.loss == "emd")
 
 
-def _loss(net: CFANet, batch: Any, recipe: Recipe, device: str) -> torch.Tensor:
-    """Of images [N,3,C,C] and mos [N]; of pairs, as `_pair_loss` takes them; or of both."""
-    if isinstance(batch, tuple):
-        rated, distorted = batch
-        of_pairs = _pair_loss(net, [part.to(device) for part in distorted], recipe)
-        return _loss(net, rated, recipe, device) + recipe.pair_weight * of_pairs
-    parts = [part.to(device) for part in batch]
-    if len(parts) == 3:
-        return _pair_loss(net, parts, recipe)
-    images, mos = parts
-    return quality_loss(net(images), mos, recipe.norm_weight)
+class _Objective(nn.Module):
+    """The loss as a module, so that DistributedDataParallel sees one call a step."""
 
+    def __init__(self, net: CFANet, recipe: Recipe, device_type: str) -> None:
+        super().__init__()
+        self.net, self.recipe, self.device_type = net, recipe, device_type
 
-def _pair_loss(net: CFANet, batch: Sequence[torch.Tensor], recipe: Recipe) -> torch.Tensor:
-    """Of distorted pictures [G,K,3,C,C], their references [G,3,C,C] and mos [G,K]."""
-    distorted, reference, mos = batch
-    if net.architecture.mode == "fr":
-        predicted = net(distorted.flatten(0, 1), reference)
-    else:
-        low, high = recipe.pair_range
-        predicted, mos = net(distorted.flatten(0, 1)), low + (high - low) * mos
-    predicted = predicted.view_as(mos)
-    loss = quality_loss(predicted.flatten(), mos.flatten(), recipe.norm_weight)
-    return loss + recipe.order_weight * order_loss(predicted, mos)
+    def forward(self, batch: Any) -> torch.Tensor:
+        """Of images [N,3,C,C] and ratings [N] or votes [N,K]; of pairs; or of a tuple of both."""
+        if isinstance(batch, tuple):
+            rated, distorted = batch
+            of_pairs = self.recipe.pair_weight * self._of_pairs(*distorted)
+            return of_pairs + self._of_images(*rated)
+        return self._of_pairs(*batch) if len(batch) == 3 else self._of_images(*batch)
+
+    def _of_images(self, images: torch.Tensor, rated: torch.Tensor) -> torch.Tensor:
+        output = self._output(images)
+        if self.recipe.loss == "emd":
+            return emd_loss(output, rated)
+        return self._quality(expected_score(output), rated)
+
+    def _of_pairs(
+        self, distorted: torch.Tensor, reference: torch.Tensor, mos: torch.Tensor
+    ) -> torch.Tensor:
+        """Of distorted pictures [G,K,3,C,C], their references [G,3,C,C] and mos [G,K]."""
+        if self.net.architecture.mode == "fr":
+            output = self._output(distorted.flatten(0, 1), reference)
+        else:
+            low, high = self.recipe.pair_range
+            output, mos = self._output(distorted.flatten(0, 1)), low + (high - low) * mos
+        predicted = expected_score(output).view_as(mos)
+        loss = self._quality(predicted.flatten(), mos.flatten())
+        return loss + self.recipe.order_weight * order_loss(predicted, mos)
+
+    def _output(self, *images: torch.Tensor) -> torch.Tensor:
+        bf16 = self.recipe.precision == "bf16"
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=bf16):
+            return self.net.distribution(*images).float()
+
+    def _quality(self, predicted: torch.Tensor, rated: torch.Tensor) -> torch.Tensor:
+        if self.recipe.loss == "plcc":
+            mse = nn.functional.mse_loss(predicted, rated)
+            return mse + self.recipe.norm_weight * plcc_loss(predicted, rated)
+        return quality_loss(predicted, rated, self.recipe.norm_weight)
 
 
 def _steps(samples: RatedImages | PairGroups, batch_size: int) -> int:

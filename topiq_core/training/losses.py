@@ -1,4 +1,4 @@
-"""Losses on a batch of predicted and rated quality, both [N]."""
+"""Losses on a batch of predicted and rated quality, both [N] where nothing else is said."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,26 @@ def norm_in_norm(predicted: Tensor, rated: Tensor) -> Tensor:
 
     scale = 2.0 * float(predicted.numel()) ** 0.5
     loss: Tensor = (unit(predicted) - unit(rated)).abs().sum() / scale
+    return loss
+
+
+def plcc_loss(predicted: Tensor, rated: Tensor) -> Tensor:
+    """(1 - r) / 2 with Pearson's r: 0 for an increasing linear relation, 1 for a falling one."""
+    x, y = predicted - predicted.mean(), rated - rated.mean()
+    r = (x * y).sum() / (torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y) + 1e-8)
+    loss: Tensor = (1 - r) / 2
+    return loss
+
+
+def emd_loss(predicted: Tensor, votes: Tensor) -> Tensor:
+    """Squared earth mover's distance of two distributions over K ordered grades, both [N,K].
+
+    The root of the mean squared difference of the cumulated shares, as NIMA has it (Talebi and
+    Milanfar, IEEE TIP 2018), averaged over the batch.
+    """
+    apart = predicted.cumsum(dim=1) - votes.cumsum(dim=1)
+    # The small term keeps the gradient finite where both agree.
+    loss: Tensor = (apart.square().mean(dim=1) + 1e-12).sqrt().mean()
     return loss
 
 

@@ -22,15 +22,20 @@ class RatingsError(TopiqError):
 
 @dataclass(frozen=True)
 class Rating:
-    """One image and its mean opinion score, scaled to 0..1."""
+    """One image and its mean opinion score, scaled to 0..1.
+
+    votes: shares of the grades from 1 up, when the file has them.
+    """
 
     path: Path
     mos: float
+    votes: tuple[float, ...] = ()
 
 
 def read_ratings(path: Path, mos_range: tuple[float, float]) -> list[Rating]:
     """Read `image,mos` (or `uri,mos`), file names relative to the CSV. Raises RatingsError.
 
+    Columns `votes_1` .. `votes_K`, if there are any, say how many people gave each grade.
     mos_range: the ends of the rating scale, mapped to 0 and 1.
     """
     low, high = mos_range
@@ -46,12 +51,28 @@ def read_ratings(path: Path, mos_range: tuple[float, float]) -> list[Rating]:
                 mos = float(row["mos"])
                 if not math.isfinite(mos):
                     raise RatingsError(f"{path}:{line}: {mos} is no rating.")
-                ratings.append(Rating(path.parent / name, (mos - low) / (high - low)))
+                votes = _shares(row, f"{path}:{line}")
+                ratings.append(Rating(path.parent / name, (mos - low) / (high - low), votes))
     except (OSError, ValueError) as error:
         raise RatingsError(f"{path}: {error}") from error
     if not ratings:
         raise RatingsError(f"{path}: no ratings in it.")
     return ratings
+
+
+def _shares(row: dict[str, str], place: str) -> tuple[float, ...]:
+    """The votes of a row as shares of all of them."""
+    count = sum(name.startswith("votes_") for name in row)
+    try:
+        votes = [float(row[f"votes_{grade}"]) for grade in range(1, count + 1)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RatingsError(
+            f"{place}: columns votes_1 to votes_{count} with numbers are needed ({error})."
+        ) from error
+    total = sum(votes)
+    if votes and not (min(votes) >= 0 and 0 < total < math.inf):
+        raise RatingsError(f"{place}: its votes are none, or negative.")
+    return tuple(vote / total for vote in votes)
 
 
 def split(ratings: list[Rating], seed: int, held_out: float) -> tuple[list[Rating], list[Rating]]:
@@ -64,14 +85,15 @@ def split(ratings: list[Rating], seed: int, held_out: float) -> tuple[list[Ratin
 class RatedImages(Dataset[tuple[Tensor, Tensor]]):
     """Samples for one epoch: a random crop and flip of each image, as float RGB in 0..1.
 
-    The randomness is a function of (seed, epoch, index) alone, so a resumed run sees what an
-    uninterrupted one would have seen.
+    Beside it its rating [], or with `votes` their shares [K]. The randomness is a function of
+    (seed, epoch, index) alone, so a resumed run sees what an uninterrupted one would have seen.
     """
 
     group = 1
 
-    def __init__(self, ratings: list[Rating], crop: int, seed: int) -> None:
+    def __init__(self, ratings: list[Rating], crop: int, seed: int, *, votes: bool = False) -> None:
         self.ratings, self.crop, self.seed, self.epoch = ratings, crop, seed, 0
+        self.votes = votes
 
     def __len__(self) -> int:
         return len(self.ratings)
@@ -91,7 +113,8 @@ class RatedImages(Dataset[tuple[Tensor, Tensor]]):
         image = image[:, top : top + size, left : left + size]
         if rng.random() < 0.5:
             image = image.flip(2)
-        return image.float() / 255, torch.tensor(rating.mos, dtype=torch.float32)
+        target = rating.votes if self.votes else rating.mos
+        return image.float() / 255, torch.tensor(target, dtype=torch.float32)
 
 
 def read_rgb(path: Path) -> Tensor:
