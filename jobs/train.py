@@ -130,8 +130,10 @@ def train(
 
     The card's accuracy is the mean over the splits, each trained from scratch with the recipe of
     the exported model and measured on its fp16-rounded weights. Splits of pairs are by source.
-    What the held-out ratings say of its outputs calibrates a no-reference model. With --patience
-    a tenth of the training part is watched, and kept out of the training.
+    What the held-out ratings say of its outputs calibrates a no-reference model.
+
+    Of pairs beside ratings, changes of tone and colour are not learned from: only the original
+    tells them. With --patience a tenth of the training part is watched, and kept out of training.
     """
     import logging
 
@@ -242,6 +244,7 @@ def _run(task: _Task) -> _Found | None:
 
     from topiq_core.metrics import agreement
     from topiq_core.training import loop
+    from topiq_core.training.distortions import GRADING
     from topiq_core.training.pairs import Pair
     from topiq_core.training.ratings import Rating
 
@@ -261,14 +264,21 @@ def _run(task: _Task) -> _Found | None:
         rated = [rating.mos for rating in images]
         accuracy = dataclasses.asdict(agreement(outputs, rated))
     if pairs:
-        of_pairs = dataclasses.asdict(loop.validate_pairs(net, pairs, task.device))
-        prefix = "pairs_" if images else ""
-        accuracy |= {f"{prefix}{name}": value for name, value in of_pairs.items()}
+        scores = loop.score_pairs(net, pairs, task.device)
+        if not images:
+            accuracy |= dataclasses.asdict(loop.pair_agreement(scores, pairs))
+        else:
+            every = loop.pair_agreement(scores, pairs)
+            accuracy |= {"all_pairs_srocc": every.srocc, "all_pairs_plcc": every.plcc}
+            learnt = [i for i, pair in enumerate(pairs) if pair.kind not in GRADING]
+            of_pairs = loop.pair_agreement([scores[i] for i in learnt], [pairs[i] for i in learnt])
+            accuracy |= {f"pairs_{k}": v for k, v in dataclasses.asdict(of_pairs).items()}
     return _Found(accuracy, outputs, [rating.mos for rating in images])
 
 
 def _parts(task: _Task) -> "_Parts":
     """What a task learns from, watches and holds out: never the same photo, in any form."""
+    from topiq_core.training.distortions import GRADING
     from topiq_core.training.pairs import Pair, split_beside, split_by_source
     from topiq_core.training.ratings import Rating, split
 
@@ -290,6 +300,7 @@ def _parts(task: _Task) -> "_Parts":
             whole = images
             images, watched = split(images, seed, _WATCHED)
             beside, _ = split_beside(beside, watched, whole, seed, 0.0)
+    beside = [pair for pair in beside if pair.kind not in GRADING]
     return _Parts(pairs or images, beside, watched, held_out)
 
 

@@ -337,3 +337,20 @@ OTHERS: dict[str, Kind] = {
 }
 
 KINDS: dict[str, Kind] = {**COMPRESSIONS, **OTHERS}
+
+GRADING = frozenset(
+    {
+        "colour_cast",
+        "desaturated",
+        "oversaturated",
+        "brighter",
+        "darker",
+        "more_contrast",
+        "less_contrast",
+    }
+)
+"""Changes of tone and colour: a fault beside the original, and without it perhaps what was wanted.
+
+Their labels say how far from the original a picture is, which it does not show by itself, so
+no-reference models do not learn from them.
+"""
