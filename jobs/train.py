@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from topiq_core.training.loop import Recipe
     from topiq_core.training.pairs import Pair
     from topiq_core.training.ratings import Rating
+    from topiq_core.weights import Weights
 
 Ratings = Annotated[
     Path,
@@ -57,7 +58,7 @@ class _Task:
     architecture: "Architecture"
     recipe: "Recipe"
     ratings: "Sequence[Rating] | Sequence[Pair]"
-    backbone: Path
+    start: "Path | Weights"
     checkpoint: Path
     device: str
     threads: int | None
@@ -82,13 +83,17 @@ class _Found:
 
 def train(
     ratings: Ratings,
-    backbone: Annotated[
-        Path, typer.Option(help="MobileNetV2 ImageNet weights, in torchvision's layout.")
-    ],
     output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     work: Annotated[Path, typer.Option(help="Checkpoints; the same command resumes.")],
     trained_on: Annotated[str, typer.Option(help="What the card says it was trained on.")],
     licence: Annotated[str, typer.Option(help="What the card says of its licence.")] = "Apache-2.0",
+    backbone: Annotated[
+        Path | None, typer.Option(help="MobileNetV2 ImageNet weights, in torchvision's layout.")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="In place of a backbone: the model to go on from, by name or file."),
+    ] = None,
     mode: Annotated[Mode, typer.Option(help="nr: no reference; fr: pairs.")] = Mode.NR,
     pairs: Annotated[
         Path | None,
@@ -172,12 +177,28 @@ def train(
         outputs = len(rated[0].votes) if loss is Loss.EMD else 1
     gate_dim = 32 if mode is Mode.FR else 16
     architecture = Architecture(mode.value, "mobilenet_v2", 128, 4, gate_dim, outputs)
+    if (backbone is None) == (start is None):
+        raise typer.BadParameter("give either --backbone, or --start with a model to go on from.")
+    origin: Path | Weights
+    if start is not None:
+        origin = weights.resolve(start)
+        known = origin.card.architecture
+        if (known.mode, known.outputs) != (architecture.mode, outputs):
+            raise typer.BadParameter(
+                f"--start {start}: a model of mode {known.mode} with {known.outputs} outputs; "
+                f"{architecture.mode} with {outputs} is trained here."
+            )
+        architecture = known
+        recipe = dataclasses.replace(recipe, start=f"{origin.card.name} {origin.sha256}")
+    else:
+        assert backbone is not None
+        origin = backbone.absolute()
 
     template = _Task(
         architecture,
         recipe,
         rated,
-        backbone.absolute(),
+        origin,
         (work / "final.pt").absolute(),
         device,
         threads=1 if processes > 1 else None,
@@ -341,13 +362,19 @@ def _fitted(task: _Task, parts: _Parts) -> "CFANet":
 def _fit(task: _Task, parts: _Parts, device: str) -> "CFANet":
     import torch
 
+    from topiq_core import weights
     from topiq_core.training import loop
 
+    start: dict[str, torch.Tensor] | CFANet
+    if isinstance(task.start, Path):
+        start = torch.load(task.start, map_location="cpu", weights_only=True)
+    else:
+        start = weights.load(task.start)
     return loop.fit(
         task.architecture,
         task.recipe,
         parts.ratings,
-        torch.load(task.backbone, map_location="cpu", weights_only=True),
+        start,
         task.checkpoint,
         device,
         parts.beside,

@@ -4,13 +4,14 @@ import csv
 
 import pytest
 import torch
+import typer
 from golden.parameters import picture
 from PIL import Image
 from torchvision.models import mobilenet_v2
 
 from jobs.distort import distort
 from jobs.train import Mode, train
-from topiq_core import cards
+from topiq_core import cards, weights
 from topiq_core.errors import TopiqError
 
 SIDE = 176
@@ -86,10 +87,10 @@ def test_pairs_become_a_full_reference_model_with_its_accuracy(made, tmp_path, p
     model = tmp_path / "mine.safetensors"
     train(
         made[0] / "pairs.csv",
-        tmp_path / "imagenet.pth",
         model,
         tmp_path / "work",
         "three pictures",
+        backbone=tmp_path / "imagenet.pth",
         mode=Mode.FR,
         splits=1,
         epochs=1,
@@ -121,12 +122,11 @@ def trained_on_ratings(rated, folder, **options):
     model = folder / "mine.safetensors"
     train(
         rated / "mos.csv",
-        rated / "imagenet.pth",
         model,
         folder / "work",
         "thirty pictures",
         crop=64,
-        **({"splits": 1, "epochs": 1} | options),
+        **({"backbone": rated / "imagenet.pth", "splits": 1, "epochs": 1} | options),
     )
     return cards.read_embedded(model)
 
@@ -153,3 +153,23 @@ def test_the_same_seed_gives_the_same_accuracy(rated, tmp_path):
     )
     assert one.accuracy == other.accuracy
     assert one.recipe["patience"] == 1
+
+
+def test_a_bundled_model_is_gone_on_from_without_a_backbone(rated, tmp_path):
+    card = trained_on_ratings(rated, tmp_path, backbone=None, start="cfanet_lite_nr", splits=0)
+    bundled, path = cards.find("cfanet_lite_nr")
+    assert card.architecture == bundled.architecture
+    assert card.recipe["start"].startswith("cfanet_lite_nr ")
+    ours, theirs = (weights.load(weights.resolve(p)) for p in (tmp_path / "mine.safetensors", path))
+    moved = [
+        float((a - b).abs().max())
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.05  # three steps of warm-up away
+
+
+def test_a_model_of_the_other_mode_is_not_gone_on_from(rated, tmp_path):
+    with pytest.raises(typer.BadParameter, match="fr"):
+        trained_on_ratings(rated, tmp_path, backbone=None, start="cfanet_lite_fr")
+    with pytest.raises(typer.BadParameter, match="either"):
+        trained_on_ratings(rated, tmp_path, start="cfanet_lite_nr")

@@ -193,7 +193,7 @@ def test_the_same_csv_serves_training_without_references(pairs_csv, pairs):
         ("uri,reference_uri,mos\na.png,,1\n", ":2:"),
         ("uri,reference_uri,mos\na.png,b.png,nan\n", "nan"),
         ("uri,reference_uri,mos\na.png,b.png,good\n", "good"),
-        ("uri,reference_uri,mos\n", "no pairs"),
+        ("uri,reference_uri,mos\n", "no ratings"),
     ],
 )
 def test_a_pairs_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, text, said):

@@ -74,6 +74,8 @@ class Recipe:
     """Stop after so many epochs in a row without a better SROCC on what is watched; 0: never."""
     workers: int = 1
     """Processes that train together, each on batches of its own."""
+    start: str = ""
+    """The model that the training goes on from, by name and hash; none: from the backbone."""
 
 
 FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
@@ -97,14 +99,17 @@ def fit(
     architecture: Architecture,
     recipe: Recipe,
     ratings: Sequence[Rating] | Sequence[Pair],
-    backbone_state: dict[str, torch.Tensor],
+    start: dict[str, torch.Tensor] | CFANet,
     checkpoint: Path,
     device: str = "cpu",
     beside: Sequence[Pair] = (),
     watched: Sequence[Rating] | Sequence[Pair] = (),
     events: Path | None = None,
 ) -> CFANet:
-    """Train from an ImageNet backbone. Continues from `checkpoint` when it holds this same run.
+    """Train a network. Continues from `checkpoint` when it holds this same run.
+
+    start: an ImageNet checkpoint of the backbone, or a network of this architecture to go on from,
+    which the recipe should name.
 
     ratings: rated images, or labelled pairs for a full-reference architecture. An epoch shows every
     image once, or of every reference one group of pairs. beside: labelled pairs for a no-reference
@@ -147,8 +152,11 @@ def fit(
     )
     torch.manual_seed(recipe.seed)
     net = CFANet(architecture)
-    initialise_head(net)
-    backbones.load_imagenet(net.semantic_model, backbone_state)
+    if isinstance(start, CFANet):
+        net.load_state_dict(start.state_dict())
+    else:
+        initialise_head(net)
+        backbones.load_imagenet(net.semantic_model, start)
     for stage in net.semantic_model.stages()[: recipe.frozen_stages]:
         stage.requires_grad_(False)
     net.to(device)

@@ -1,8 +1,6 @@
 """Labelled pairs: a CSV of distorted pictures and their references, read as training samples."""
 
-import csv
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from topiq_core.training.ratings import Rating, RatingsError, read_rgb
+from topiq_core.training.ratings import Rating, RatingsError, Row, rated_rows, read_rgb
 
 IDENTICAL = "identical"
 """The type of a pair whose sides are the same picture."""
@@ -38,35 +36,24 @@ def read_pairs(path: Path, mos_range: tuple[float, float] = (0.0, 1.0)) -> list[
 
     `type`, `level` and `source` may be left out: the source is then the reference.
     """
-    low, high = mos_range
-    if low == high:
-        raise RatingsError(f"a rating scale from {low} to {high} is empty.")
-    pairs = []
+    return [
+        Pair(
+            path.parent / row["uri"],
+            path.parent / row["reference_uri"],
+            mos,
+            row.get("type") or "",
+            _level(row, place),
+            row.get("source") or row["reference_uri"],
+        )
+        for place, row, mos in rated_rows(path, [("uri",), ("reference_uri",)], mos_range)
+    ]
+
+
+def _level(row: Row, place: str) -> int:
     try:
-        with path.open(newline="") as file:
-            for line, row in enumerate(csv.DictReader(file), start=2):
-                name, reference, mos = row.get("uri"), row.get("reference_uri"), row.get("mos")
-                if not name or not reference or mos is None:
-                    raise RatingsError(
-                        f"{path}:{line}: columns `uri`, `reference_uri` and `mos` are needed."
-                    )
-                if not math.isfinite(float(mos)):
-                    raise RatingsError(f"{path}:{line}: {mos} is no rating.")
-                pairs.append(
-                    Pair(
-                        path.parent / name,
-                        path.parent / reference,
-                        (float(mos) - low) / (high - low),
-                        row.get("type") or "",
-                        int(row.get("level") or 0),
-                        row.get("source") or reference,
-                    )
-                )
-    except (OSError, ValueError) as error:
-        raise RatingsError(f"{path}: {error}") from error
-    if not pairs:
-        raise RatingsError(f"{path}: no pairs in it.")
-    return pairs
+        return int(row.get("level") or 0)
+    except ValueError as error:
+        raise RatingsError(f"{place}: {error}.") from error
 
 
 def split_by_source(pairs: list[Pair], seed: int, held_out: float) -> tuple[list[Pair], list[Pair]]:

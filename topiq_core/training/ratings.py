@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,29 +39,48 @@ def read_ratings(path: Path, mos_range: tuple[float, float]) -> list[Rating]:
     Columns `votes_1` .. `votes_K`, if there are any, say how many people gave each grade.
     mos_range: the ends of the rating scale, mapped to 0 and 1.
     """
+    return [
+        Rating(path.parent / (row.get("image") or row["uri"]), mos, _shares(row, place))
+        for place, row, mos in rated_rows(path, [("image", "uri")], mos_range)
+    ]
+
+
+Row = dict[str, str]
+
+
+def rated_rows(
+    path: Path, columns: Sequence[tuple[str, ...]], mos_range: tuple[float, float]
+) -> Iterator[tuple[str, Row, float]]:
+    """The rows of a CSV that has a column of each of `columns`, by any of its names, and `mos`.
+
+    With each row where it stands, for messages, and its `mos` with the ends of `mos_range` mapped
+    to 0 and 1. Raises RatingsError, also where there are no rows.
+    """
     low, high = mos_range
     if low == high:
         raise RatingsError(f"a rating scale from {low} to {high} is empty.")
-    ratings = []
+    needed = " and ".join(f"`{names[0]}`" for names in [*columns, ("mos",)])
+    found = False
     try:
         with path.open(newline="") as file:
-            for line, row in enumerate(csv.DictReader(file), start=2):
-                name = row.get("image") or row.get("uri")
-                if not name or row.get("mos") is None:
-                    raise RatingsError(f"{path}:{line}: columns `image` and `mos` are needed.")
+            for line, row in enumerate(csv.DictReader(file, restkey=_REST), start=2):
+                found, place = True, f"{path}:{line}"
+                if row.get("mos") is None or not all(any(map(row.get, of)) for of in columns):
+                    raise RatingsError(f"{place}: columns {needed} are needed.")
                 mos = float(row["mos"])
                 if not math.isfinite(mos):
-                    raise RatingsError(f"{path}:{line}: {mos} is no rating.")
-                votes = _shares(row, f"{path}:{line}")
-                ratings.append(Rating(path.parent / name, (mos - low) / (high - low), votes))
+                    raise RatingsError(f"{place}: {mos} is no rating.")
+                yield place, row, (mos - low) / (high - low)
     except (OSError, ValueError) as error:
         raise RatingsError(f"{path}: {error}") from error
-    if not ratings:
+    if not found:
         raise RatingsError(f"{path}: no ratings in it.")
-    return ratings
 
 
-def _shares(row: dict[str, str], place: str) -> tuple[float, ...]:
+_REST = "more cells than columns"
+
+
+def _shares(row: Row, place: str) -> tuple[float, ...]:
     """The votes of a row as shares of all of them."""
     count = sum(name.startswith("votes_") for name in row)
     try:
