@@ -30,15 +30,19 @@ from pipeline import cluster, score
 from pipeline.config import Config
 
 SAMPLE = "fps:1"
+FPS = 12
 
 
 def clips(folder: Path, count: int, seconds: int) -> Path:
     """720p clips with a pan over a textured scene, keyframes every two seconds."""
     folder.mkdir()
     for seed in range(count):
-        scene = landscape(720, 1280 + 4 * 25 * seconds, seed=seed)
-        frames = (np.ascontiguousarray(scene[:, 4 * i : 4 * i + 1280]) for i in range(25 * seconds))
-        encode(folder / f"{seed}.mp4", frames, options={"preset": "veryfast"}, gop=50)
+        scene = landscape(720, 1280 + 4 * FPS * seconds, seed=seed)
+        frames = (
+            np.ascontiguousarray(scene[:, 4 * i : 4 * i + 1280]) for i in range(FPS * seconds)
+        )
+        options = {"preset": "veryfast"}
+        encode(folder / f"{seed}.mp4", frames, fps=FPS, options=options, gop=2 * FPS)
     return folder
 
 
@@ -103,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--clips", type=int, default=6)
-    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--model", default="cfanet_lite_nr")
     parser.add_argument("--weights")
     parser.add_argument("--json", type=Path)

@@ -156,7 +156,7 @@ def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "message": first("message"),
         "form": first("frame"),
         "code": first("code"),
-        "run_id": max((o["run_id"] for o in outcomes), default=None),
+        "run_id": max((o["run_id"] for o in scored), default=None),
     }
 
 
