@@ -159,6 +159,7 @@ def train(
     asked: dict[str, Any] = {
         "epochs": epochs,
         "crop": crop,
+        "pair_crop": crop,
         "batch_size": batch_size,
         "seed": seed,
         "loss": loss.value,

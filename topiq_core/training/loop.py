@@ -138,10 +138,11 @@ def fit(
             f"{len(samples)} samples are fewer than one step takes, with {recipe.workers} workers "
             f"and {recipe.accumulate} batches each: give more, or a smaller --batch-size."
         )
-    pairs = None
+    pairs, pair_batch = None, 0
     if beside:
         pairs = PairGroups(list(beside), recipe.group, recipe.pair_crop, recipe.seed)
-        _steps(pairs, recipe.pair_batch)
+        at_most = len(pairs) * recipe.group  # of a few photos there are no more groups at a time
+        pair_batch = min(recipe.pair_batch, at_most)
     identity = json.dumps(
         [
             asdict(architecture),
@@ -209,7 +210,7 @@ def fit(
         taken: Iterator[Any] = itertools.islice(batches, rank, None, recipe.workers)
         if pairs is not None:
             first = (epoch * steps * recipe.accumulate) * recipe.workers + rank
-            others = _endless(pairs, recipe, first)
+            others = _endless(pairs, pair_batch, recipe.seed, first)
             taken = zip(taken, itertools.islice(others, 0, None, recipe.workers), strict=False)
         for _ in range(steps):
             optimiser.zero_grad()
@@ -475,11 +476,13 @@ def _batches(
     )
 
 
-def _endless(pairs: PairGroups, recipe: Recipe, first: int) -> Iterator[list[torch.Tensor]]:
+def _endless(
+    pairs: PairGroups, batch_size: int, seed: int, first: int
+) -> Iterator[list[torch.Tensor]]:
     """Batches of pairs from the step `first` of the training on, pass after pass."""
-    done, start = divmod(first, _steps(pairs, recipe.pair_batch))
+    done, start = divmod(first, _steps(pairs, batch_size))
     for number in itertools.count(done):
-        batches = _batches(pairs, recipe.pair_batch, recipe.seed, number)
+        batches = _batches(pairs, batch_size, seed, number)
         yield from itertools.islice(batches, start if number == done else 0, None)
 
 
