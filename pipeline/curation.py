@@ -8,7 +8,7 @@ import pyarrow.csv as pacsv
 
 from pipeline import aggregate
 from pipeline.errors import ConfigError
-from pipeline.storage import Output, absolute, database
+from pipeline.storage import Output, absolute
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl")
 
@@ -21,7 +21,8 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
     suffix = PurePosixPath(to).suffix
     if suffix not in _SUFFIXES:
         raise ConfigError(f"--to {to}: the name must end in {', '.join(_SUFFIXES)}.")
-    connection = database()
+    # Not `storage.database()`: conditions could read what lies in its folder for large sorts.
+    connection = duckdb.connect()
     connection.register("scores", aggregate.scores(output, model))
     connection.execute("SET enable_external_access = false")
     try:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.special import expit
 from torch import Tensor
 
 from topiq_core import agreement
@@ -170,7 +169,7 @@ class Scorer:
             _fetch(done, out)
         curve = self.card.calibration
         if curve is not None:
-            out = expit((out - curve.middle) / curve.width).astype(np.float32)
+            out = 1 / (1 + np.exp(-(out - np.float32(curve.middle)) / np.float32(curve.width)))
         return out
 
     def _batch_size(self, h: int, w: int) -> int:

@@ -141,7 +141,8 @@ def test_workers_of_ray_train_make_one_model(rated, tmp_path):
         [
             sys.executable, "-m", "jobs.train", rated / "mos.csv",
             "--output", model, "--work", work, "--trained-on", "thirty pictures",
-            "--backbone", rated / "imagenet.pth", "--splits", "0", "--epochs", "1", "--crop", "64", "--batch-size", "4", "--workers", "2",
+            "--backbone", rated / "imagenet.pth", "--splits", "0", "--epochs", "1",
+            "--crop", "64", "--batch-size", "4", "--workers", "2",
         ],
         capture_output=True,
         text=True,
