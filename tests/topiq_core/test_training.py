@@ -379,10 +379,12 @@ def test_a_network_of_grades_learns_the_votes(voted, backbone, tmp_path):
     assert float(shares[:, 3].mean()) > 0.5
 
 
-def test_the_loss_of_votes_refuses_ratings_without_them(ratings, backbone, tmp_path):
+@pytest.mark.parametrize("outputs", [0, 1, 5])
+def test_the_loss_of_votes_refuses_ratings_without_them(ratings, backbone, tmp_path, outputs):
+    architecture = dataclasses.replace(ARCHITECTURE, outputs=outputs)
     recipe = dataclasses.replace(RECIPE, loss="emd")
     with pytest.raises(RatingsError, match="votes"):
-        loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")
+        loop.fit(architecture, recipe, ratings, backbone, tmp_path / "run.pt")
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,10 @@ def fit(
     if recipe.patience and not watched:
         raise RatingsError("patience needs ratings to watch, and there are none.")
     grades = {len(r.votes) if isinstance(r, Rating) else 0 for r in ratings}
-    if recipe.loss == "emd" and grades != {architecture.outputs}:
+    if recipe.loss == "emd" and (architecture.outputs < 2 or grades != {architecture.outputs}):
         raise RatingsError(
-            f"loss emd needs votes for {architecture.outputs} grades of every image "
-            "(votes_1, votes_2 ..)."
+            "loss emd needs columns votes_1, votes_2 .. with the votes of every image, for the "
+            "same two grades or more."
         )
     samples = _samples(ratings, recipe)
     steps = _steps(samples, recipe.batch_size) // (recipe.accumulate * recipe.workers)
