@@ -18,7 +18,7 @@ def aggregate(
     """Pool frame scores anew, with other poolings for example (--set pooling=[mean,p25])."""
     resolved = options.resolve(config, settings)
     from pipeline import aggregate as step
-    from pipeline.storage import Output
+    from pipeline.output import Output
 
     out = Output(output)
     for name in [model] if model else step.planned_models(out):

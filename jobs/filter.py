@@ -20,7 +20,7 @@ def filter(
 ) -> None:
     """Write the rows of scores/ that satisfy WHERE, as a manifest that `topiq score` reads too."""
     from pipeline import curation
-    from pipeline.storage import Output
+    from pipeline.output import Output
 
     kept, total = curation.keep(Output(output), where, to, model)
     share = f" ({kept / total:.1%})" if total else ""

@@ -22,7 +22,7 @@ def ladder(
 ) -> None:
     """Print the ladder of every reference, and write them all to ladders/ in OUTPUT."""
     from pipeline import ladder as ladders
-    from pipeline.storage import Output
+    from pipeline.output import Output
 
     ladders.require_extra()
     out = Output(output)

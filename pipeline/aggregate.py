@@ -21,7 +21,7 @@ import pyarrow.dataset as pads
 from pipeline import plan as plan_step
 from pipeline import pooling, schemas
 from pipeline.errors import ConfigError, OutputError, RunError
-from pipeline.storage import Output, database
+from pipeline.output import Output, database
 
 _ROWS_PER_BATCH = 512
 

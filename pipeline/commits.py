@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import plan, schemas
-from pipeline.storage import Output, database
+from pipeline.output import Output, database
 
 FOLDER = "_checkpoint"
 _PENDING = ".pending.parquet"

@@ -8,7 +8,8 @@ import pyarrow.csv as pacsv
 
 from pipeline import aggregate
 from pipeline.errors import ConfigError
-from pipeline.storage import Output, absolute
+from pipeline.output import Output
+from pipeline.storage import absolute
 
 _SUFFIXES = (".parquet", ".csv", ".jsonl")
 
@@ -21,7 +22,7 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
     suffix = PurePosixPath(to).suffix
     if suffix not in _SUFFIXES:
         raise ConfigError(f"--to {to}: the name must end in {', '.join(_SUFFIXES)}.")
-    # Not `storage.database()`: conditions could read what lies in its folder for large sorts.
+    # Not `output.database()`: conditions could read what lies in its folder for large sorts.
     connection = duckdb.connect()
     connection.register("scores", aggregate.scores(output, model))
     connection.execute("SET enable_external_access = false")

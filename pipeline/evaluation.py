@@ -27,8 +27,9 @@ from pipeline import datasets, plan, run, scatter, schemas
 from pipeline.config import Config
 from pipeline.datasets import Rated
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError
+from pipeline.output import Output, database
 from pipeline.run import Event
-from pipeline.storage import Output, database, join, redacted
+from pipeline.storage import join, redacted
 from topiq_core import metrics
 
 Array = npt.NDArray[np.float64]

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline import aggregate
 from pipeline.errors import ConfigError, OutputError
-from pipeline.storage import Output, database
+from pipeline.output import Output, database
 
 SCHEMA = pa.schema(
     [

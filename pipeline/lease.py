@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputError, RunError
-from pipeline.storage import Output
+from pipeline.output import Output
 
 FILE = "_lease.json"
 PERIOD_S = 5.0

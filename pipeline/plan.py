@@ -35,7 +35,8 @@ from pipeline.errors import CatalogError, InternalError, MediaError, TooLarge, U
 from pipeline.media import guard, probe
 from pipeline.media.align import Track
 from pipeline.media.sample import Samples, SampleSpec, plan_samples, slice_units
-from pipeline.storage import Output, Stat
+from pipeline.output import Output, database
+from pipeline.storage import Stat
 from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
@@ -195,7 +196,7 @@ def _with_known(items: pa.Table, before: pads.Dataset | None) -> pa.Table:
     """The items, and beside each its file's size, time and etag as the last plan has them."""
     if before is None:
         return items
-    connection = storage.database()
+    connection = database()
     connection.register("items", items)
     connection.register("known", before)
     return connection.sql(_KNOWN).to_arrow_table()
@@ -219,7 +220,7 @@ def _merged(
         return
     columns = [f'known."{name}"' for name in schemas.PLAN.names]
     columns += [f"items.{_quoted(field.name)}" for field in catalog.extras]
-    connection = storage.database()
+    connection = database()
     ids = pa.chunked_array(unchanged, pa.string())
     connection.register("unchanged", pa.table({"item_id": ids}))
     connection.register("known", before)

@@ -32,8 +32,9 @@ from pipeline import (
 from pipeline.config import Config
 from pipeline.errors import BY_CODE, ConfigError, OutputError, ScorersDied, TooManyFailures
 from pipeline.monitor import Monitor
+from pipeline.output import Output
 from pipeline.stages import Bottleneck
-from pipeline.storage import Output, redacted
+from pipeline.storage import redacted
 from topiq_core import weights as weights_file
 from topiq_core.weights import Weights
 

@@ -40,8 +40,9 @@ from pipeline.errors import (
 )
 from pipeline.media import guard
 from pipeline.media.guard import Frames
+from pipeline.output import Output
 from pipeline.plan import companion_id
-from pipeline.storage import Output, redacted
+from pipeline.storage import redacted
 from pipeline.transient import persistently
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipeline import schemas
 from pipeline.cluster import Shares
-from pipeline.storage import Output, database
+from pipeline.output import Output, database
 
 Bottleneck = Literal["decode", "score", "io", "overhead"]
 

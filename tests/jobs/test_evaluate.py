@@ -17,7 +17,7 @@ from scipy import stats
 from jobs.sample_media import landscape
 from pipeline import evaluation, scatter
 from pipeline.evaluation import Evaluation, Failed, Group, Measure
-from pipeline.storage import Output
+from pipeline.output import Output
 from topiq_core import metrics
 
 MODEL = "cfanet_lite_nr"

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import lease
 from pipeline.errors import OutputError, RunError
-from pipeline.storage import Output
+from pipeline.output import Output
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_a_killed_owner_on_this_machine_does_not_block(output):
     program = (
         "import sys, time\n"
         "from pipeline import lease\n"
-        "from pipeline.storage import Output\n"
+        "from pipeline.output import Output\n"
         "with lease.held(Output(sys.argv[1]), 'killed'):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(600)\n"
@@ -122,7 +122,7 @@ def test_what_a_killed_owner_was_writing_is_removed_by_the_next(output, tmp_path
     program = (
         "import os, signal, sys\n"
         "from pipeline import lease\n"
-        "from pipeline.storage import Output\n"
+        "from pipeline.output import Output\n"
         "output = Output(sys.argv[1])\n"
         "with lease.held(output, 'killed'), output.publish('scores', 'm.parquet') as path:\n"
         "    path.write_text('half')\n"

@@ -21,8 +21,8 @@ from jobs.sample_media import encode, landscape, pan
 from pipeline import aggregate, run, schemas
 from pipeline.config import Config
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
+from pipeline.output import Output
 from pipeline.pooling import DEFAULT_POOLING
-from pipeline.storage import Output
 
 MODEL = "cfanet_lite_nr"
 

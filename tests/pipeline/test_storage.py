@@ -6,7 +6,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import AccessDenied, NotFound, OutputError
-from pipeline.storage import Output, redacted
+from pipeline.output import Output
+from pipeline.storage import redacted
 
 
 def test_a_table_replaces_the_old_one_whole_or_not_at_all(tmp_path):

@@ -1,0 +1,135 @@
+"""The output folder, and the database for what is written to it."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import OutputError
+from pipeline.storage import absolute, join, locate
+
+# How the names of files begin that are not complete yet.
+_PARTIAL = ".partial-"
+
+
+def database() -> duckdb.DuckDBPyConnection:
+    """DuckDB in memory; what needs more than 1 GB goes to files in the temporary folder."""
+    return duckdb.connect(config={"memory_limit": "1GB", "temp_directory": tempfile.gettempdir()})
+
+
+class Output:
+    """The output folder: a URL that all workers can reach."""
+
+    def __init__(self, url: str) -> None:
+        self.url = absolute(url)
+        self.fs, self.path = locate(self.url)
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def create(self) -> None:
+        """Make the folder. Raises OutputError."""
+        try:
+            self.fs.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.url}: cannot be created ({error}).") from error
+
+    def names(self) -> list[str]:
+        """Names of what is in the folder; none when it does not exist, as in an object store."""
+        try:
+            found = self.fs.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return []
+        return [name for path in found if (name := str(path).rstrip("/").rsplit("/", 1)[-1])]
+
+    def inside(self, *parts: str) -> str:
+        """The path of something in the folder, for `fs`."""
+        return join(self.path, *parts)
+
+    def arrow_filesystem(self) -> Any:
+        """The same file system for pyarrow and Ray Data."""
+        if self.local:
+            return pafs.LocalFileSystem()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+
+    def parquet_files(self, *parts: str) -> list[str]:
+        """The Parquet files directly in a folder, sorted; none when it does not exist."""
+        self.fs.invalidate_cache()
+        found = self.fs.glob(join(self.inside(*parts), "*.parquet"))
+        return sorted(str(path) for path in found)
+
+    def dataset(self, files: list[str], schema: pa.Schema) -> pads.Dataset | pa.Table:
+        """Parquet files of one schema as one table, read when it is used; there may be none."""
+        if not files:
+            return schema.empty_table()
+        return pads.dataset(files, schema=schema, filesystem=self.arrow_filesystem())
+
+    def scan(self, files: list[str], schema: pa.Schema, columns: list[str]) -> pa.RecordBatchReader:
+        """Columns of Parquet files of one schema, to be read once.
+
+        Unlike a dataset that is scanned, it does not keep the footers of all files in memory: a
+        large run has thousands, of 150 kB each.
+        """
+        dataset = pads.dataset(files, schema=schema, filesystem=self.arrow_filesystem())
+        return dataset.scanner(columns=columns, cache_metadata=False).to_reader()
+
+    @contextlib.contextmanager
+    def publish(self, *parts: str) -> Iterator[Path]:
+        """A local path to write to; what is there at the end replaces the target in one step.
+
+        When the body raises, the target stays as it was and nothing is left behind. Raises
+        OutputError when it cannot be written.
+        """
+        target = self.inside(*parts)
+        partial: Path | None = None
+        try:
+            self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            folder = Path(target).parent if self.local else None
+            handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
+            os.close(handle)
+            partial = Path(name)
+            yield partial
+            if self.local:
+                partial.chmod(0o644)
+                partial.replace(target)
+            else:
+                self.fs.put_file(str(partial), target)
+        except OSError as error:
+            raise OutputError(
+                f"{join(self.url, *parts)}: cannot be written ({error.strerror or error}). Check "
+                "the space and the rights there; the same command goes on from here."
+            ) from error
+        finally:
+            if partial is not None:
+                partial.unlink(missing_ok=True)
+
+    def remove_partials(self) -> None:
+        """Remove what killed processes were writing to; only for whoever alone may write here."""
+        if self.local:
+            for path in Path(self.path).glob(f"**/{_PARTIAL}*"):
+                path.unlink(missing_ok=True)
+
+    def write_text(self, text: str, *parts: str) -> None:
+        """Replace a small text file in one step."""
+        with self.publish(*parts) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def read_text(self, *parts: str) -> str | None:
+        """A small text file, or None when there is none."""
+        try:
+            return str(self.fs.read_text(self.inside(*parts), encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def parquet_writer(self, schema: pa.Schema, *parts: str) -> Iterator[pq.ParquetWriter]:
+        """Write one Parquet file, published in one step when the body ends well."""
+        with self.publish(*parts) as path, pq.ParquetWriter(path, schema, compression="zstd") as w:
+            yield w
