@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topiq_core import winograd
+
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 Activation = Literal["none", "relu", "relu6", "gelu", "sigmoid"]
@@ -39,6 +41,12 @@ class FusedConv(nn.Module):
         self.weight: Tensor
         self.bias: Tensor
         self._packed: Tensor | None = None
+        self._by_winograd = (
+            like.kernel_size == (3, 3)
+            and like.stride == like.padding == like.dilation == (1, 1)
+            and like.groups == 1
+            and min(weight.shape[:2]) >= winograd.LEAST_CHANNELS
+        )
         self.stride = list(like.stride)
         self.padding = [int(p) for p in like.padding]
         self.groups = like.groups
@@ -64,8 +72,11 @@ class FusedConv(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """x [N,C,h,w]; `added`, of the output's shape, is overwritten and returned."""
         if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN:
-            return self._onednn(x, added)
-        out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+            if not self._by_winograd:
+                return self._onednn(x, added)
+            out = winograd.conv3x3(x, self._packed_for(x), self.bias)
+        else:
+            out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         if added is not None:
             out = added.add_(out)
         match self.activation:
@@ -93,11 +104,14 @@ class FusedConv(nn.Module):
         return out
 
     def _packed_for(self, x: Tensor) -> Tensor:
-        """The weights as oneDNN wants them for maps like `x`: laid out at the first call.
+        """The weights as a CPU wants them for maps like `x`: laid out at the first call.
 
         Should another shape need another layout, oneDNN makes it at that call: slower, not wrong.
         """
-        if self._packed is None:
+        if self._packed is None and self._by_winograd:
+            self._packed = winograd.transformed(self.weight)
+            self.weight = self.weight.new_empty(0)  # not held twice
+        elif self._packed is None:
             geometry = (self.padding, self.stride, [1, 1], self.groups)
             pack = torch._C._nn.mkldnn_reorder_conv2d_weight
             self._packed = pack(self.weight.to_mkldnn(), *geometry, list(x.shape))  # type: ignore[call-arg]
