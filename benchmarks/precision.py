@@ -1,28 +1,32 @@
-"""What 16-bit arithmetic does to scores: differences from fp32 over a folder of pictures.
+"""What fewer bits do to scores: differences from fp32 over a folder of pictures.
 
     python benchmarks/precision.py FOLDER --count 200 --json results.json
 
-On a GPU the 16-bit networks are run. On a CPU they are imitated: weights and the result of every
-convolution are rounded to 16 bits, sums are kept in fp32, which is what tensor cores do; the last
-bits differ. Reads JPEG and PNG. Needs topiq_core, torch, torchvision and numpy only.
+What the device has is run: on a GPU fp16 and bf16, on a CPU bf16 with AMX and int8 with VNNI. What
+a CPU has not in 16 bits is imitated: weights and the result of every convolution are rounded, sums
+are kept in fp32, which is what tensor cores do; the last bits differ. For a card that is not
+bundled, and without --weights, weights are made from the names of parameters. Reads JPEG and PNG.
+Needs topiq_core, torch, torchvision and numpy only.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from model import made_weights  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torchvision.io import ImageReadMode, decode_image  # noqa: E402
 
 from topiq_core import agreement, weights  # noqa: E402
-from topiq_core.convolution import FusedConv  # noqa: E402
+from topiq_core.convolution import HAS_AMX, HAS_VNNI, FusedConv  # noqa: E402
 from topiq_core.inference import MAP_TYPES  # noqa: E402
 from topiq_core.scorer import Scorer  # noqa: E402
 
@@ -54,19 +58,26 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = weights.resolve(options.card, options.weights, verify=options.weights is None)
+    on_cpu = device.type == "cpu"
+    imitated = {"fp16": on_cpu, "bf16": on_cpu and not HAS_AMX, "int8": False}
+    if not (on_cpu and HAS_VNNI):
+        del imitated["int8"]
+    with tempfile.TemporaryDirectory() as scratch:
+        place = options.weights or made_weights(options.card, Path(scratch))
+        found = weights.resolve(options.card, place, verify=place is None)
 
-    def scorer(precision: Any) -> Scorer:
-        net = weights.load(found)
-        if device.type == "cpu" and precision != "fp32":
-            return rounded(Scorer(net, found.card, device), MAP_TYPES[precision])
-        return Scorer(net, found.card, device, precision=precision)
+        def scorer(precision: Any) -> Scorer:
+            net = weights.load(found)
+            if imitated.get(precision):
+                return rounded(Scorer(net, found.card, device), MAP_TYPES[precision])
+            return Scorer(net, found.card, device, precision=precision)
+
+        scorers = {precision: scorer(precision) for precision in ("fp32", *imitated)}
 
     kinds = {".jpg", ".jpeg", ".png"}
     files = sorted(p for p in options.folder.rglob("*") if p.suffix.lower() in kinds)
     chosen = files[:: max(1, len(files) // options.count)][: options.count]
-    scorers = {precision: scorer(precision) for precision in MAP_TYPES}
-    scores: dict[str, list[float]] = {precision: [] for precision in MAP_TYPES}
+    scores: dict[str, list[float]] = {precision: [] for precision in scorers}
     for path in chosen:
         frame = decode_image(str(path), ImageReadMode.RGB).permute(1, 2, 0).contiguous()
         for precision, one in scorers.items():
@@ -75,11 +86,11 @@ def main() -> None:
     report: dict[str, Any] = {
         "card": options.card,
         "frames": len(chosen),
-        "imitated": device.type == "cpu",
+        "imitated": [precision for precision, is_imitated in imitated.items() if is_imitated],
         "fp32_std": float(exact.std()),
     }
     print("| card | precision | frames | max | p99 | mean | SROCC with fp32 |\n" + "|---" * 7 + "|")
-    for precision in ("fp16", "bf16"):
+    for precision in imitated:
         ours = np.array(scores[precision], np.float32)
         error = np.abs(ours - exact)
         entry = {"max": float(error.max()), "p99": float(np.quantile(error, 0.99))}

@@ -271,7 +271,9 @@ def _run(task: _Task) -> _Found | None:
     from topiq_core.training.ratings import Rating
 
     if task.threads is not None:
-        logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {task.name}: %(message)s")
+        named = f"%(asctime)s {task.name}: %(message)s"
+        # Forced: a process runs one task after another.
+        logging.basicConfig(level=logging.WARNING, format=named, force=True)
         logging.getLogger("topiq_core").setLevel(logging.INFO)
         torch.set_num_threads(task.threads)
     parts = _parts(task)

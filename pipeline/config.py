@@ -48,10 +48,12 @@ class Config(BaseModel):
         default="auto",
         description="`auto` takes GPUs when the cluster has any; `cpu` or `cuda` insist.",
     )
-    precision: Literal["fp32", "fp16", "bf16"] = Field(
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field(
         default="fp32",
-        description="Arithmetic of the network. `fp16` and `bf16` are for GPUs, and refused for a "
-        "model that would rank pictures otherwise than in fp32; prefer `fp16`: it errs less.",
+        description="Arithmetic of the network. `fp16` is for GPUs, `bf16` for GPUs and for CPUs "
+        "with AMX, `int8` for no-reference models on CPUs with AVX-512 VNNI. All three are refused "
+        "for a model that would rank pictures otherwise than in fp32. On GPUs prefer `fp16`, on "
+        "CPUs with AMX `bf16`: they err less.",
     )
     sample: str = Field(
         default="uniform:16",

@@ -98,7 +98,10 @@ def verdict(stages: Stages, shares: Shares) -> tuple[Bottleneck, str] | None:
     if score.busy >= decode.busy:
         if shares.actor_gpus:
             return "score", "the GPUs were the limit: add GPUs, or try precision=fp16"
-        return "score", "scoring on CPUs was the limit: add CPUs, or score on a GPU"
+        return "score", (
+            "scoring on CPUs was the limit: add CPUs, score on a GPU, or try precision=bf16 (needs "
+            "AMX) or int8 (needs VNNI)"
+        )
     if (decode.waiting or 0.0) > _WAITING:
         return "io", (
             "decoders waited for storage: raise decode_tasks, or bring the run nearer to the media"

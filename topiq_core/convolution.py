@@ -15,6 +15,11 @@ from topiq_core import winograd
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
+# Without AMX, bf16 is slower than fp32.
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+HAS_VNNI = torch.cpu._is_vnni_supported()
+_ONEDNN_TYPES = (torch.float32, torch.bfloat16) if HAS_AMX else (torch.float32,)
+
 Activation = Literal["none", "relu", "relu6", "gelu", "sigmoid"]
 
 # How oneDNN's post-operations are called: name, scalars, algorithm.
@@ -41,7 +46,7 @@ class FusedConv(nn.Module):
         self.weight: Tensor
         self.bias: Tensor
         self._packed: Tensor | None = None
-        self._by_winograd = (
+        self._wide_3x3 = (
             like.kernel_size == (3, 3)
             and like.stride == like.padding == like.dilation == (1, 1)
             and like.groups == 1
@@ -71,8 +76,8 @@ class FusedConv(nn.Module):
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """x [N,C,h,w]; `added`, of the output's shape, is overwritten and returned."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and _HAS_ONEDNN:
-            if not self._by_winograd:
+        if x.device.type == "cpu" and x.dtype in _ONEDNN_TYPES and _HAS_ONEDNN:
+            if not self._winograd_of(x):
                 return self._onednn(x, added)
             out = winograd.conv3x3(x, self._packed_for(x), self.bias)
         else:
@@ -103,12 +108,15 @@ class FusedConv(nn.Module):
             out = run(added, x, weight, self.bias, *geometry, *sum_and)
         return out
 
+    def _winograd_of(self, x: Tensor) -> bool:
+        return self._wide_3x3 and x.dtype == torch.float32
+
     def _packed_for(self, x: Tensor) -> Tensor:
         """The weights as a CPU wants them for maps like `x`: laid out at the first call.
 
         Should another shape need another layout, oneDNN makes it at that call: slower, not wrong.
         """
-        if self._packed is None and self._by_winograd:
+        if self._packed is None and self._winograd_of(x):
             self._packed = winograd.transformed(self.weight)
             self.weight = self.weight.new_empty(0)  # not held twice
         elif self._packed is None:
@@ -117,3 +125,19 @@ class FusedConv(nn.Module):
             self._packed = pack(self.weight.to_mkldnn(), *geometry, list(x.shape))  # type: ignore[call-arg]
             self.weight = self.weight.new_empty(0)  # not held twice
         return self._packed
+
+
+class Residual(nn.Module):
+    """A residual block. The sum is written over the block's input, or over its shortcut."""
+
+    def __init__(self, body: list[nn.Module], shortcut: nn.Module | None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body[:-1])
+        self.last = body[-1]
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,h,w] -> [N,C',h',w']."""
+        added = x if self.shortcut is None else self.shortcut(x)
+        out: Tensor = self.last(self.body(x), added)
+        return out

@@ -24,14 +24,15 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 
 from topiq_core.cfanet import LEVELS, CFANet, GatedPoolingFR, GatedPoolingNR, expected_score
-from topiq_core.convolution import Activation, FusedConv
+from topiq_core.convolution import Activation, FusedConv, Residual
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # Of the maps. Tokens are fp32 always: 16-bit attention costs most of the accuracy and gains little.
 MAP_TYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    "int8": torch.float32,  # what is not in 8 bits; see int8.py
 }
 
 
@@ -61,6 +62,7 @@ class InferenceNet(nn.Module):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         self.map_type = MAP_TYPES[precision]
+        self.entry: nn.Module = Normalised(net.mean, net.std, self.map_type)
         stages = net.semantic_model.stages()
         self.margins = [_margin(stage) for stage in stages]
         self.stages = nn.ModuleList(_fused(stage) for stage in stages).to(self.map_type)
@@ -116,7 +118,7 @@ class InferenceNet(nn.Module):
         for start, end in _strips(x, positions, 4 * margin):
             top = max(0, start - margin)
             part = x[:, :, top : end + margin]
-            out: Tensor = self.stages[level](self._normalised(part) if level == 0 else part)
+            out: Tensor = self.stages[level](self.entry(part) if level == 0 else part)
             out = out[:, :, (start - top) // 2 : (end + 1 - top) // 2]
             if end - start == x.shape[2]:
                 return out
@@ -131,25 +133,22 @@ class InferenceNet(nn.Module):
         assert whole is not None
         return whole
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        peak = 255 if x.dtype == torch.uint8 else 1
-        return (x - peak * self.net.mean).mul_(1 / (peak * self.net.std)).to(self.map_type)
 
+class Normalised(nn.Module):
+    """Pixels as the backbone wants them."""
 
-class _Residual(nn.Module):
-    """A residual block. The sum is written over the block's input, or over its shortcut."""
-
-    def __init__(self, body: list[nn.Module], shortcut: nn.Module | None) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, map_type: torch.dtype) -> None:
         super().__init__()
-        self.body = nn.Sequential(*body[:-1])
-        self.last = body[-1]
-        self.shortcut = shortcut
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.map_type = map_type
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,C,h,w] -> [N,C',h',w']."""
-        added = x if self.shortcut is None else self.shortcut(x)
-        out: Tensor = self.last(self.body(x), added)
-        return out
+        """RGB [N,3,h,w], uint8 or float in 0..1, to zero mean and unit deviation."""
+        peak = 255 if x.dtype == torch.uint8 else 1
+        return (x - peak * self.mean).mul_(1 / (peak * self.std)).to(self.map_type)
 
 
 def _fused(module: nn.Module) -> nn.Module:
@@ -162,10 +161,10 @@ def _fused(module: nn.Module) -> nn.Module:
                 FusedConv.of(module.conv2, module.bn2, "relu"),
                 FusedConv.of(module.conv3, module.bn3, "relu"),
             ]
-            return _Residual(body, None if down is None else FusedConv.of(down[0], down[1]))
+            return Residual(body, None if down is None else FusedConv.of(down[0], down[1]))
         case InvertedResidual():
             body = list(_sequence(module.conv))
-            return _Residual(body, None) if module.use_res_connect else nn.Sequential(*body)
+            return Residual(body, None) if module.use_res_connect else nn.Sequential(*body)
         case nn.Sequential():
             return nn.Sequential(*_sequence(module))
     return module
@@ -207,14 +206,16 @@ def _of_rows(size: int | tuple[int, ...]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-class _GateNR(nn.Module):
+class GateNR(nn.Module):
+    """A no-reference gate and the mean over its cells."""
+
     def __init__(self, pool: GatedPoolingNR) -> None:
         super().__init__()
         split, first = pool.splitconv, pool.weight_blk[0]
         assert isinstance(first, nn.Conv2d)
         channels = split.in_channels
         bias = _of(split.bias)
-        self.content = FusedConv(split.weight[:channels], bias[:channels], split, "gelu")
+        self.content: nn.Module = FusedConv(split.weight[:channels], bias[:channels], split, "gelu")
         mix = first.weight.flatten(1).double()
         weight = mix @ split.weight[channels:].flatten(1).double()
         shift = mix @ bias[channels:].double() + _of(first.bias).double()
@@ -225,7 +226,8 @@ class _GateNR(nn.Module):
         """The maps of a level, one for each image given, to one pooled map."""
 
         def gated(x: Tensor, inside: slice) -> tuple[Tensor, ...]:
-            return (self.content(x[:, :, inside]).mul_(self.gate(x)[:, :, inside]),)
+            content: Tensor = self.content(x[:, :, inside])
+            return (content.mul_(self.gate(x)[:, :, inside]),)
 
         return _pooled(gated, sides, grid, positions)
 
@@ -252,7 +254,7 @@ def _gate_tail(gate: nn.Sequential) -> tuple[FusedConv, FusedConv]:
 
 
 def _gate(pool: nn.Module) -> nn.Module:
-    return _GateFR(pool) if isinstance(pool, GatedPoolingFR) else _GateNR(pool)  # type: ignore[arg-type]
+    return _GateFR(pool) if isinstance(pool, GatedPoolingFR) else GateNR(pool)  # type: ignore[arg-type]
 
 
 def _pooled(

@@ -15,8 +15,10 @@ from topiq_core import agreement
 from topiq_core import weights as weights_file
 from topiq_core.cards import DEFAULT_CARD, Card
 from topiq_core.cfanet import CFANet
+from topiq_core.convolution import HAS_AMX, HAS_VNNI
 from topiq_core.errors import CardError, FrameError
 from topiq_core.inference import MAP_TYPES, InferenceNet, Precision
+from topiq_core.int8 import quantise
 
 Frames = npt.NDArray[np.uint8] | Tensor | Sequence[npt.NDArray[np.uint8]] | Sequence[Tensor]
 Scores = npt.NDArray[np.float32]
@@ -43,10 +45,12 @@ class Scorer:
         sha256: str = "",
         precision: Precision = "fp32",
     ) -> None:
-        self.net = InferenceNet(net, precision).to(device)
         self.card = card
         self.device = device
         self.sha256 = sha256
+        self.net = InferenceNet(net, precision).to(device)
+        if precision == "int8":
+            quantise(self.net, (self._prepare(_as_list([p])) for p in agreement.pictures()[1]))
         self.batch_pixels = GPU_BATCH_PIXELS
 
     @classmethod
@@ -61,10 +65,11 @@ class Scorer:
         """Load a model by its card's name, or from a .safetensors file exported by training.
 
         weights: a local path or fsspec URL, for models that are not bundled. device: "auto"
-        (a CUDA GPU when there is one, else the CPU) or any torch device. precision: "fp32", or on
-        a GPU "fp16" or "bf16"; a 16-bit model is compared with itself in fp32 on generated
-        pictures first, and refused when it would rank them otherwise. Whoever wants it all the
-        same builds a Scorer from its parts. verify: check the sha256 of the weights.
+        (a CUDA GPU when there is one, else the CPU) or any torch device. precision: "fp32"; "fp16"
+        on GPUs; "bf16" on GPUs and on CPUs with AMX; "int8" for no-reference models on CPUs with
+        VNNI. A model in fewer bits is compared with itself in fp32 on generated pictures first,
+        and refused when it would rank them otherwise. Whoever wants it all the same builds a
+        Scorer from its parts. verify: check the sha256 of the weights.
         Raises CardError and WeightsError.
         """
         if precision not in MAP_TYPES:
@@ -72,9 +77,8 @@ class Scorer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         place = torch.device(device)
-        if precision != "fp32" and place.type == "cpu":
-            raise CardError(f"precision '{precision}' is for GPUs: on a CPU fp32 is faster.")
         found = weights_file.resolve(card, weights, verify)
+        _require_fit(precision, place.type, found.card)
         scorer = cls(weights_file.load(found), found.card, place, found.sha256, precision)
         if precision != "fp32":
             exact = cls(weights_file.load(found), found.card, place)
@@ -204,6 +208,27 @@ class Scorer:
         return F.interpolate(
             x.float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False
         )
+
+
+def _require_fit(precision: Precision, device: str, card: Card) -> None:
+    """Raises CardError when a precision gains nothing on a device, or is not for such a model."""
+    said = f"precision '{precision}' "
+    if precision == "int8":
+        if card.architecture.mode != "nr":
+            raise CardError(
+                f"{said}is for no-reference models: the small differences that {card.name} "
+                "compares would be lost."
+            )
+        if device != "cpu":
+            raise CardError(f"{said}is for CPUs: on a GPU take fp16.")
+        if not HAS_VNNI:
+            raise CardError(
+                f"{said}needs a CPU with AVX-512 VNNI, which this one has not: take fp32."
+            )
+    if precision == "fp16" and device == "cpu":
+        raise CardError(f"{said}is for GPUs: on a CPU take fp32, int8, or bf16 if it has AMX.")
+    if precision == "bf16" and device == "cpu" and not HAS_AMX:
+        raise CardError(f"{said}needs a GPU, or a CPU with AMX, which this one has not: take fp32.")
 
 
 def _full_fp32() -> AbstractContextManager[None]:

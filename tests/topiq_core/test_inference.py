@@ -47,7 +47,7 @@ def test_every_level_is_the_plain_networks_at_the_seams_of_strips(backbone):
     strips = InferenceNet(deepcopy(net), strips=NARROWEST)
     x = image(picture(5, 1090, 40))
     with torch.inference_mode():
-        expected = net.semantic_model(strips._normalised(x))
+        expected = net.semantic_model(strips.entry(x))
         for level, whole in enumerate(expected):
             x = strips._stage(level, x, NARROWEST.stage)
             assert x.shape == whole.shape

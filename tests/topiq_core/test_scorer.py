@@ -11,6 +11,7 @@ from PIL import Image
 
 from topiq_core.cards import Architecture, Calibration, Card
 from topiq_core.cfanet import CFANet
+from topiq_core.convolution import HAS_AMX
 from topiq_core.errors import CardError, FrameError, WeightsError
 from topiq_core.scorer import Scorer, _halving_on_oom, resized
 
@@ -324,10 +325,34 @@ def test_no_renditions_give_no_scores(pair_scorer):
     assert pair_scorer.score_renditions([], FRAMES[0]).shape == (0,)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_precision_for_gpus_is_refused_on_a_cpu(precision):
-    with pytest.raises(CardError, match="for GPUs"):
+def test_fp16_is_refused_on_a_cpu():
+    with pytest.raises(CardError, match="'fp16' is for GPUs: on a CPU take"):
+        Scorer.load(device="cpu", precision="fp16")
+
+
+@pytest.mark.parametrize(("precision", "missing"), [("bf16", "AMX"), ("int8", "VNNI")])
+def test_a_precision_is_refused_on_a_cpu_without_its_instructions(monkeypatch, precision, missing):
+    monkeypatch.setattr(f"topiq_core.scorer.HAS_{missing}", False)
+    with pytest.raises(CardError, match=f"'{precision}' needs .*{missing}.* take fp32"):
         Scorer.load(device="cpu", precision=precision)
+
+
+def test_8_bits_are_refused_where_a_reference_is_compared_with():
+    with pytest.raises(CardError, match="'int8' is for no-reference models.*cfanet_lite_fr"):
+        Scorer.load("cfanet_lite_fr", device="cpu", precision="int8")
+
+
+@pytest.mark.skipif(not HAS_AMX, reason="this CPU has no AMX")
+@pytest.mark.parametrize("model", ["cfanet_lite_nr", "cfanet_lite_fr"])
+def test_bf16_on_a_cpu_scores_as_fp32_but_for_rounding(model):
+    exact, ours = (Scorer.load(model, device="cpu", precision=p) for p in ("fp32", "bf16"))
+    others = [noisy(frame, 1) for frame in FRAMES]
+    scored = [
+        s.score(FRAMES) if model.endswith("nr") else s.score_pairs(others, FRAMES)
+        for s in (exact, ours)
+    ]
+    assert not np.array_equal(*scored)
+    np.testing.assert_allclose(*scored, atol=0.03)
 
 
 @pytest.mark.parametrize("mode", ["nr", "fr"])

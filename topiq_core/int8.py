@@ -1,0 +1,300 @@
+"""The network in 8 bits, for CPUs with VNNI: maps of uint8, weights of int8, by oneDNN.
+
+Static and affine, without further training (Jacob et al., CVPR 2018): what is stored stands for
+scale * (stored - zero). A convolution's weights have a scale for each output channel; a map has
+one, which is chosen from the range that calibration pictures give it. What the rounding of the
+weights does to an output's mean is taken off its bias (Nagel et al., ICCV 2019), and a kernel is
+rounded so that its sum, which is what smooth areas see of it, stays. The backbone and
+the gates run this way but for the gates' last convolution, of 64 channels to one; that and all
+that has to do with tokens stay in fp32.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topiq_core.convolution import Activation, FusedConv, Residual
+from topiq_core.inference import GateNR, InferenceNet, Normalised
+
+_LARGEST = 255
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What numbers 0..255 stand for: scale * (number - zero)."""
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def covering(cls, low: float, high: float) -> "Affine":
+        """For values from `low` to `high`, and 0, which is stored exactly."""
+        low, high = min(0.0, low), max(0.0, high)
+        scale = max((high - low) / _LARGEST, 1e-12)
+        return cls(scale, round(-low / scale))
+
+
+_PIXELS = Affine(1.0, 0)
+
+
+class _Seen:
+    """What went through a convolution: its input's means by channel, its output's range."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = torch.zeros(()), 0
+        self.low = self.high = 0.0
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        """Maps [N,C,h,w]."""
+        self.sum, self.count = self.sum + x.mean((0, 2, 3)), self.count + 1
+        self.low, self.high = min(self.low, float(out.min())), max(self.high, float(out.max()))
+
+    @property
+    def given(self) -> Affine:
+        """How the output can be stored."""
+        return Affine.covering(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A convolution before it is replaced: weight [O,C/groups,k,k], bias [O], input means [C]."""
+
+    weight: Tensor
+    bias: Tensor
+    means: Tensor
+
+
+# How oneDNN's post-operations are called; the others are PyTorch's own, on an output in fp32.
+_POST_OPS: dict[Activation, tuple[str, list[float], str | None]] = {
+    "relu": ("relu", [], None),
+    "relu6": ("hardtanh", [0.0, 6.0], None),
+}
+
+
+class Int8Conv(nn.Module):
+    """activation(conv(x) + added) of stored maps."""
+
+    def __init__(
+        self,
+        like: FusedConv,
+        known: _Known,
+        taken: Affine,
+        given: Affine | None,
+        added: Affine | None = None,
+    ) -> None:
+        """taken, given, added: how the input, the output and the map that is added are stored.
+
+        given None: the output is in fp32. `like` gives geometry and activation.
+        """
+        super().__init__()
+        self.taken, self.given, self.added = taken, given, added
+        self.activation = like.activation
+        self.geometry = (like.stride, like.padding, [1, 1], like.groups)
+        scale = known.weight.abs().amax((1, 2, 3)).clamp(min=1e-12) / 127
+        stored = _rounded(known.weight / scale[:, None, None, None])
+        error = (stored * scale[:, None, None, None] - known.weight).sum((2, 3))
+        by_group = error.view(like.groups, -1, error.shape[1])
+        shift = (by_group * known.means.view(like.groups, 1, -1)).sum(2).flatten()
+        self.register_buffer("weight", stored.to(torch.int8))
+        self.register_buffer("bias", known.bias - shift)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32))
+        self.weight: Tensor
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """x uint8 [N,C,h,w] -> uint8 or fp32 [N,O,h',w']; `added` is overwritten and returned."""
+        given = self.given or Affine(1.0, 0)
+        kind = torch.float32 if self.given is None else torch.uint8
+        weight = (self._packed_for(x), self.scale, self.zero)
+        taken = (self.taken.scale, self.taken.zero)
+        post = _POST_OPS.get(self.activation, ("none", [], None))
+        out: Tensor
+        if added is None:
+            out = torch.ops.onednn.qconv2d_pointwise(
+                x, *taken, *weight, self.bias, *self.geometry, given.scale, given.zero, kind, *post
+            )
+        else:
+            assert self.added is not None
+            plus = (self.added.scale, self.added.zero, "sum", 1.0)
+            out = torch.ops.onednn.qconv2d_pointwise.binary(
+                x, *taken, *weight, added, self.bias, *self.geometry,
+                given.scale, given.zero, kind, *plus, *post,
+            )  # fmt: skip
+        return F.gelu(out) if self.activation == "gelu" else out
+
+    def _packed_for(self, x: Tensor) -> Tensor:
+        """The weights as this CPU wants them for maps like `x`: laid out at the first call.
+
+        For another shape oneDNN may lay them out again at every call: slower, not wrong.
+        """
+        if self._packed is None:
+            taken = (self.taken.scale, self.taken.zero)
+            self._packed = torch.ops.onednn.qconv_prepack(
+                self.weight, self.scale, *taken, *self.geometry, list(x.shape)
+            )
+            self.weight = self.weight.new_empty(0)  # not held twice
+        assert self._packed is not None
+        return self._packed
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """Weights [O,C,k,k] in -127..127 to whole numbers; the sum of a kernel moves by 1/2 at most.
+
+    Each goes to the nearest number, but for those that were nearly half way: as many of them as it
+    takes go the other way.
+    """
+    kernels = weight.flatten(2)
+    nearest = kernels.round()
+    left = kernels - nearest
+    missing = left.sum(2, keepdim=True).round()
+    rank = left.argsort(dim=2, descending=True).argsort(dim=2)  # 0 for what lost most
+    up = rank < missing
+    down = rank >= kernels.shape[2] + missing
+    return (nearest + up.float() - down.float()).clamp(-127, 127).view_as(weight)
+
+
+class _Stored(nn.Module):
+    """Real values to uint8."""
+
+    def __init__(self, affine: Affine) -> None:
+        super().__init__()
+        self.affine = affine
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rounds ties up. Overwrites `x`."""
+        scale, zero = self.affine.scale, self.affine.zero
+        return x.mul_(1 / scale).add_(zero + 0.5).clamp_(0, _LARGEST).to(torch.uint8)
+
+
+class _Framed(nn.Module):
+    """Pixels with a border in the mean colour, which is zero to the backbone.
+
+    So the normalisation can be part of the first convolution, which then pads no more.
+    """
+
+    def __init__(self, mean: Tensor, width: int) -> None:
+        super().__init__()
+        self.colour: Tensor
+        self.register_buffer("colour", (_LARGEST * mean).round().to(torch.uint8))
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RGB [N,3,h,w], uint8 or float in 0..1, to uint8 [N,3,h+2*width,w+2*width]."""
+        if x.dtype != torch.uint8:
+            x = (_LARGEST * x).round_().to(torch.uint8)
+        n, channels, height, width = x.shape
+        edge = self.width
+        shape = (n, channels, height + 2 * edge, width + 2 * edge)
+        out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        for border in (out[:, :, :edge], out[:, :, -edge:], out[..., :edge], out[..., -edge:]):
+            border.copy_(self.colour)
+        out[:, :, edge:-edge, edge:-edge] = x
+        return out
+
+
+class _MaxPool(nn.Module):
+    """Maxima of 3x3 at every second row and column: PyTorch 2.14 has none for uint8 maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,h,w] -> [N,C,(h+1)/2,(w+1)/2], uint8."""
+        for side in (2, 3):
+            even, odd = x.movedim(side, 0)[::2], x.movedim(side, 0)[1::2]
+            out = even.clone()
+            torch.maximum(out[: len(odd)], odd, out=out[: len(odd)])
+            torch.maximum(out[1:], odd[: len(out) - 1], out=out[1:])
+            x = out.movedim(0, side)
+        return x
+
+
+def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
+    """Turn a no-reference network into an 8-bit one. It must be in fp32, and not have run yet.
+
+    pictures: RGB [1,3,H,W] each, uint8 or float in 0..1, that ranges are taken from.
+    """
+    known, ranges = _observed(net, pictures)
+
+    def quantised(module: nn.Module, taken: Affine) -> tuple[nn.Module, Affine]:
+        """The 8-bit form of a part whose input is stored as `taken`, and how its output is."""
+        match module:
+            case FusedConv():
+                given = ranges[module]
+                return Int8Conv(module, known[module], taken, given), given
+            case Residual():
+                shortcut, added = None, taken
+                if module.shortcut is not None:
+                    shortcut, added = quantised(module.shortcut, taken)
+                body, inner = quantised(module.body, taken)
+                last = module.last
+                assert isinstance(body, nn.Sequential)
+                assert isinstance(last, FusedConv)
+                given = ranges[last]
+                summing = Int8Conv(last, known[last], inner, given, added)
+                return Residual([*body, summing], shortcut), given
+            case nn.Sequential():
+                parts = []
+                for part in module:
+                    made, taken = quantised(part, taken)
+                    parts.append(made)
+                return nn.Sequential(*parts), taken
+            case nn.MaxPool2d():
+                return _MaxPool(), taken
+        raise TypeError(f"{type(module).__name__} has no 8-bit form.")
+
+    _take_pixels(net, known)
+    taken = _PIXELS
+    for level, (stage, gate) in enumerate(zip(net.stages, net.gates, strict=True)):
+        net.stages[level], taken = quantised(stage, taken)
+        assert isinstance(gate, GateNR)
+        evidence, mixing, last = gate.gate
+        assert isinstance(gate.content, FusedConv)
+        assert isinstance(evidence, FusedConv)
+        assert isinstance(mixing, FusedConv)
+        between = ranges[evidence]
+        gate.content = Int8Conv(gate.content, known[gate.content], taken, None)
+        gate.gate = nn.Sequential(
+            Int8Conv(evidence, known[evidence], taken, None),
+            _Stored(between),
+            Int8Conv(mixing, known[mixing], between, None),
+            last,
+        )
+
+
+def _observed(
+    net: InferenceNet, pictures: Iterable[Tensor]
+) -> tuple[dict[FusedConv, _Known], dict[FusedConv, Affine]]:
+    """Every convolution of backbone and gates, and how its output can be stored."""
+    seen: dict[nn.Module, _Seen] = {}
+    first: dict[FusedConv, tuple[Tensor, Tensor]] = {}
+    hooks = []
+    for module in [*net.stages.modules(), *net.gates.modules()]:
+        if isinstance(module, FusedConv):
+            seen[module], first[module] = _Seen(), (module.weight, module.bias)
+            hooks.append(
+                module.register_forward_hook(lambda conv, x, out: seen[conv].add(x[0], out))
+            )
+    with torch.inference_mode():
+        for picture in pictures:
+            net(picture)
+    for hook in hooks:
+        hook.remove()
+    known = {conv: _Known(*of, seen[conv].sum / seen[conv].count) for conv, of in first.items()}
+    return known, {conv: seen[conv].given for conv in first}
+
+
+def _take_pixels(net: InferenceNet, known: dict[FusedConv, _Known]) -> None:
+    """Have the first convolution, which comes first in `known`, take pixels as they are stored."""
+    stem, entry = next(iter(known)), net.entry
+    assert isinstance(entry, Normalised)
+    mean, std = entry.mean.view(3, 1, 1), entry.std.view(3, 1, 1)
+    of = known[stem]
+    known[stem] = _Known(
+        of.weight / (_LARGEST * std),
+        of.bias - (of.weight * (mean / std)).sum((1, 2, 3)),
+        _LARGEST * (mean + std * of.means.view(3, 1, 1)).flatten(),
+    )
+    net.entry = _Framed(entry.mean, stem.padding[0])
+    stem.padding = [0, 0]
