@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 from machine import described
 
 from jobs.sample_media import encode, landscape
-from pipeline import cluster, score
+from pipeline import score
 from pipeline.config import Config
+from topiq_core import environment
 
 SAMPLE = "fps:1"
 FPS = 12
@@ -69,6 +70,7 @@ _SCORE_ONLY = """
 import sys, time
 import numpy as np, torch
 from pipeline.config import Config
+from topiq_core import environment
 from topiq_core import Scorer
 torch.set_num_threads(int(sys.argv[1]))
 scorer = Scorer.load(sys.argv[2], weights=sys.argv[3] or None, verify=False)
@@ -84,7 +86,7 @@ print(2 * len(frames) / (time.perf_counter() - started))
 def score_only(model: str, weights: str | None, threads: int) -> float:
     """Frames a second of one scorer alone, in a process like that of a run."""
     command = [sys.executable, "-c", _SCORE_ONLY, str(threads), model, weights or ""]
-    env = os.environ | cluster.CPU_SCORER_ENV
+    env = os.environ | environment.CPU_SCORER
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout)
 

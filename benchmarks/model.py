@@ -8,8 +8,9 @@
 Every contender is a process of its own with the same weights (made from the names of parameters
 for cards that are not bundled), and they take turns: in each round everyone scores the same frames
 once. A ratio is the median over rounds of one contender's time by another's in the same round.
-Times are wall time and, on a CPU, processor time, which a busy machine disturbs less. Memory is the
-peak of all calls above what the loaded model held before the first. Needs topiq_core, torch,
+Ours run in the environment that `topiq score` gives its scorers, the others as users run them.
+Times are wall time and, on a CPU, processor time, which a busy machine disturbs less. Memory is
+the peak of all calls above what the loaded model held before the first. Needs topiq_core, torch,
 torchvision, numpy and safetensors only; pyiqa, if asked for, is run in the environment it is
 installed in.
 """
@@ -33,6 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+
+from topiq_core.environment import CPU_SCORER  # noqa: E402
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_tile")
@@ -164,6 +167,8 @@ class Contender:
         command = [python, __file__, "--serve", name, *options]
         # Idle threads that spin would take time from the contender whose turn it is.
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        if name not in ("plain", "pyiqa") and "cuda" not in options:
+            env |= CPU_SCORER
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

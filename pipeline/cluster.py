@@ -21,16 +21,6 @@ from pipeline.errors import RunError, ScorersDied, TooManyFailures
 # actors and a reader can wait for each other for ever on a small machine.
 SPARE_CPUS = 2
 
-# Environment of a scoring actor on a CPU. Idle OpenMP threads that spin take the cores from the
-# decoders (measured: four times slower on two busy cores), and giving large buffers back to the
-# kernel after every layer costs a third of the time in page faults.
-CPU_SCORER_ENV = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-
 
 @dataclass(frozen=True)
 class Shares:

@@ -44,6 +44,7 @@ from pipeline.output import Output
 from pipeline.plan import companion_id
 from pipeline.storage import redacted
 from pipeline.transient import persistently
+from topiq_core import environment
 from topiq_core.errors import FrameError
 from topiq_core.weights import Weights
 
@@ -170,7 +171,7 @@ def _actor_resources(shares: cluster.Shares) -> dict[str, Any]:
         return {"num_gpus": shares.actor_gpus}
     return {
         "num_cpus": shares.actor_cpus,
-        "runtime_env": {"env_vars": cluster.CPU_SCORER_ENV},
+        "runtime_env": {"env_vars": environment.CPU_SCORER},
     }
 
 
