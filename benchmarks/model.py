@@ -165,17 +165,14 @@ class Contender:
 
     def __init__(self, name: str, python: str, options: list[str], quiet: bool) -> None:
         command = [python, __file__, "--serve", name, *options]
-        # Idle threads that spin would take time from the contender whose turn it is.
-        env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        if name not in ("plain", "pyiqa") and "cuda" not in options:
-            env |= CPU_SCORER
+        ours_on_cpu = name not in ("plain", "pyiqa") and "cuda" not in options
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
             text=True,
-            env=env,
+            env=os.environ | (CPU_SCORER if ours_on_cpu else {}),
         )
 
     def ask(self, frames: Path) -> dict[str, Any]:
