@@ -16,6 +16,7 @@ installed in.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -104,7 +105,8 @@ def ours(options: argparse.Namespace, precision: Any) -> Score:
     found = weights.resolve(options.card, options.weights, verify=False)
     # Built from its parts: what is measured here is not up for refusal.
     device = torch.device(options.device)
-    scorer = Scorer(weights.load(found), found.card, device, precision=precision)
+    card = dataclasses.replace(found.card, calibration=None)  # the plain network has none
+    scorer = Scorer(weights.load(found), card, device, precision=precision)
 
     def score(distorted: np.ndarray, reference: np.ndarray) -> np.ndarray:
         if scorer.card.architecture.mode == "nr":

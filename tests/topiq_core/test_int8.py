@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.parameters import fill, noisy, picture
+from scipy import ndimage
 
+from jobs.sample_media import landscape
 from topiq_core import agreement, weights
 from topiq_core.cards import Architecture
 from topiq_core.cfanet import CFANet
@@ -147,9 +149,14 @@ def test_the_bundled_model_ranks_pictures_in_8_bits_as_in_fp32():
     """Pictures of another kind and size than those that the ranges were taken from."""
     exact = Scorer.load("cfanet_lite_nr", device="cpu")
     ours = Scorer.load("cfanet_lite_nr", device="cpu", precision="int8")
-    frames = [picture(seed, 200 + 16 * seed, 256) for seed in range(12)]
-    frames += [noisy(frame, seed) for seed, frame in enumerate(frames)]
-    frames += [np.repeat(np.repeat(f[::4, ::4], 4, axis=0), 4, axis=1) for f in frames[:12]]
+    frames = []
+    for seed in range(6):
+        scene = landscape(192 + 16 * seed, 256, seed=seed)
+        blurred = [ndimage.gaussian_filter(scene, sigma, axes=(0, 1)) for sigma in (0.7, 1, 2)]
+        grain = np.random.Generator(np.random.PCG64(seed)).standard_normal(scene.shape)
+        rough = [np.clip(scene + sigma * grain, 0, 255).astype(np.uint8) for sigma in (8, 20, 50)]
+        coarse = [np.repeat(np.repeat(scene[::k, ::k], k, axis=0), k, axis=1) for k in (2, 4, 8)]
+        frames += [scene, *blurred, *rough, *coarse]
     expected, scores = exact.score(frames), ours.score(frames)
     assert np.ptp(expected) > 0.2
     assert agreement.srocc(scores, expected) >= agreement.LEAST_SROCC
