@@ -52,8 +52,8 @@ class Config(BaseModel):
         default="fp32",
         description="Arithmetic of the network. `fp16` is for GPUs, `bf16` for GPUs and for CPUs "
         "with AMX, `int8` for no-reference models on CPUs with AVX-512 VNNI. All three are refused "
-        "for a model that would rank pictures otherwise than in fp32. On GPUs prefer `fp16`, on "
-        "CPUs with AMX `bf16`: they err less.",
+        "for a model that would rank pictures otherwise than in fp32. On GPUs prefer `fp16`: it "
+        "errs less. See docs/operations.md.",
     )
     sample: str = Field(
         default="uniform:16",
