@@ -267,7 +267,7 @@ def _run(task: _Task) -> _Found | None:
     from topiq_core.metrics import agreement
     from topiq_core.training import loop
     from topiq_core.training.distortions import GRADING
-    from topiq_core.training.pairs import Pair
+    from topiq_core.training.pairs import Pair, source_name
     from topiq_core.training.ratings import Rating
 
     if task.threads is not None:
@@ -283,6 +283,10 @@ def _run(task: _Task) -> _Found | None:
     if not parts.held_out:
         return None
     accuracy: dict[str, float] = {}
+    if images:
+        # Only what began undistorted: labels say how far a copy is from the photo it was made of.
+        poor = {source_name(r.path) for r in task.ratings if r.mos < task.recipe.pair_range[1]}
+        pairs = [pair for pair in pairs if pair.source not in poor]
     outputs = loop.score_images(net, images, task.device)
     if images:
         rated = [rating.mos for rating in images]

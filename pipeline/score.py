@@ -45,7 +45,7 @@ from pipeline.plan import companion_id
 from pipeline.storage import redacted
 from pipeline.transient import persistently
 from topiq_core import environment
-from topiq_core.errors import FrameError
+from topiq_core.errors import FrameError, TopiqError
 from topiq_core.weights import Weights
 
 if TYPE_CHECKING:
@@ -345,23 +345,34 @@ class ScoreUnits:
 
         torch.set_num_threads(shares.threads)
         self.weights = weights
-        self.scorers = [
-            Scorer.load(
-                name,
-                weights=place,
-                # A booked GPU that does not work must be an error, not a slow night on CPUs.
-                device="cuda" if shares.actor_gpus else "cpu",
-                precision=config.precision,
-                verify=config.verify_weights,
-            )
-            for name, place in config.models
-        ]
-        for scorer, expected in zip(self.scorers, weights, strict=True):
-            if scorer.sha256 != expected.sha256:
-                name = expected.card.name
-                raise RunError(f"{name}: this node has other weights than the driver.")
+        self._scorers: list[Scorer] = []
+        # Ray tries a constructor that fails again and again, and then its reason is lost: the
+        # reason is kept until there is work.
+        self._refused: RunError | None = None
+        try:
+            for (name, place), expected in zip(config.models, weights, strict=True):
+                scorer = Scorer.load(
+                    name,
+                    weights=place,
+                    # A booked GPU that does not work must be an error, not a slow night on CPUs.
+                    device="cuda" if shares.actor_gpus else "cpu",
+                    precision=config.precision,
+                    verify=config.verify_weights,
+                )
+                if scorer.sha256 != expected.sha256:
+                    raise RunError(f"{expected.card.name} has other weights than on the driver.")
+                self._scorers.append(scorer)
+        except TopiqError as error:
+            self._refused = RunError(f"on node {socket.gethostname()}: {error}")
         self.config = config
         self.monitor = monitor
+
+    @property
+    def scorers(self) -> "list[Scorer]":
+        """Of each model, in the order of the weights. Raises RunError when one cannot be used."""
+        if self._refused is not None:
+            raise self._refused
+        return self._scorers
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Frames of all rows are scored together, so that sizes batch across items."""

@@ -46,12 +46,13 @@ class FusedConv(nn.Module):
         self.weight: Tensor
         self.bias: Tensor
         self._packed: Tensor | None = None
-        self._wide_3x3 = (
+        plain_3x3 = (
             like.kernel_size == (3, 3)
             and like.stride == like.padding == like.dilation == (1, 1)
             and like.groups == 1
-            and min(weight.shape[:2]) >= winograd.LEAST_CHANNELS
         )
+        self._wide_3x3 = plain_3x3 and min(weight.shape[:2]) >= winograd.LEAST_CHANNELS
+        self._to_one = plain_3x3 and weight.shape[0] == 1
         self.stride = list(like.stride)
         self.padding = [int(p) for p in like.padding]
         self.groups = like.groups
@@ -77,9 +78,12 @@ class FusedConv(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """x [N,C,h,w]; `added`, of the output's shape, is overwritten and returned."""
         if x.device.type == "cpu" and x.dtype in _ONEDNN_TYPES and _HAS_ONEDNN:
-            if not self._winograd_of(x):
+            if self._to_one and x.dtype == torch.float32:
+                out = self._summed(x)
+            elif self._winograd_of(x):
+                out = winograd.conv3x3(x, self._packed_for(x), self.bias)
+            else:
                 return self._onednn(x, added)
-            out = winograd.conv3x3(x, self._packed_for(x), self.bias)
         else:
             out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
         if added is not None:
@@ -94,6 +98,18 @@ class FusedConv(nn.Module):
             case "sigmoid":
                 return out.sigmoid_()
         return out
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """A 3x3 convolution to one channel: oneDNN computes 16, to keep the one.
+
+        So every position is multiplied by the nine weights first, nine channels, and every
+        product is then summed up where it belongs.
+        """
+        height, width = x.shape[2:]
+        if self._packed is None:
+            self._packed = self.weight.flip(2, 3)[0].flatten(1).t().contiguous()
+        products = self._packed @ x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
+        return F.fold(products, (height, width), 3, padding=1).add_(self.bias)
 
     def _onednn(self, x: Tensor, added: Tensor | None) -> Tensor:
         name, scalars, algorithm = _POST_OPS[self.activation]

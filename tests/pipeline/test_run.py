@@ -486,6 +486,11 @@ def test_a_scorer_that_keeps_dying_ends_the_run_with_a_reason(tmp_path, clips):
     assert len(units) == len(set(units)) == 10
 
 
+def test_a_precision_that_a_node_refuses_is_the_reason_that_the_run_gives(tmp_path, clips):
+    with pytest.raises(RunError, match=r"on node .*: precision 'fp16' is for GPUs"):
+        score_into(clips["h264.mp4"], tmp_path / "out", precision="fp16", device="cpu")
+
+
 def test_a_second_run_on_an_output_is_refused_and_the_first_goes_on(tmp_path, clips):
     out = tmp_path / "out"
     refused = []

@@ -19,6 +19,7 @@ from topiq_core.training.losses import order_loss
 from topiq_core.training.pairs import (
     Pair,
     PairGroups,
+    rated_as,
     read_pairs,
     source_name,
     split_beside,
@@ -318,3 +319,30 @@ def test_no_photo_is_on_both_sides_of_a_split_in_any_form(tmp_path, seed):
     rated = {source_name(photo.path) for photo in held_out} & set(sources)
     assert {source for source in theirs if not source.startswith("pristine")} == rated
     assert sum(source.startswith("pristine") for source in theirs) == 2
+
+
+def test_a_copy_of_a_rated_photo_is_worth_less_than_the_photo(pairs, tmp_path):
+    poor, fine = Rating(tmp_path / "poor.jpg", 0.5), Rating(tmp_path / "fine.jpg", 0.95)
+    identical, damaged = pairs[0], next(pair for pair in pairs if pair.level == 5)
+    sources = [source_name(poor.path), source_name(fine.path), "nobody rated"]
+    given = [
+        dataclasses.replace(pair, source=source)
+        for pair in (identical, damaged)
+        for source in sources
+    ]
+    found = [pair.mos for pair in rated_as(given, [poor, fine], 0.1, 0.8)]
+    below = 0.1 + 0.7 * damaged.mos
+    assert found == pytest.approx([0.5, 0.8, 0.8, 0.1 + 0.4 * damaged.mos, below, below])
+    worst = Rating(poor.path, 0.05)
+    assert {p.mos for p in rated_as([given[0], given[3]], [worst], 0.1, 0.8)} == {0.05}
+
+
+def test_a_group_rates_the_reference_itself_as_its_identical_pair_is(pairs):
+    rated = [dataclasses.replace(pair, mos=pair.mos * 0.6) for pair in pairs]
+    groups = PairGroups(rated, group=4, crop=64, seed=3)
+    seen = set()
+    for groups.epoch in range(8):
+        for distorted, reference, mos in (groups[i] for i in range(len(groups))):
+            same = [m for d, m in zip(distorted, mos.tolist(), strict=True) if d.equal(reference)]
+            seen |= {round(m, 4) for m in same}
+    assert seen == {0.6}

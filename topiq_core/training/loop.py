@@ -25,7 +25,7 @@ from topiq_core.cfanet import CFANet, expected_score, initialise_head
 from topiq_core.errors import TopiqError
 from topiq_core.metrics import agreement
 from topiq_core.training.losses import emd_loss, order_loss, plcc_loss, quality_loss
-from topiq_core.training.pairs import IDENTICAL, Pair, PairGroups
+from topiq_core.training.pairs import IDENTICAL, Pair, PairGroups, rated_as
 from topiq_core.training.ratings import RatedImages, Rating, RatingsError, read_rgb
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class Recipe:
     pair_weight: float = 1.0
     """Beside ratings: weight of the loss on the distorted pictures."""
     pair_range: tuple[float, float] = (0.15, 0.85)
-    """Beside ratings: what a pair's labels 0 and 1 are worth on the scale of the ratings."""
+    """Beside ratings: what a pair's labels 0 and 1 are worth on the scale of the ratings. A copy of
+    a photo that is rated lower than the upper end has this rating in its place."""
     average: float = 0.0
     """Decay of the exponential average of the weights, step by step; 0 for the last weights."""
     accumulate: int = 1
@@ -137,7 +138,9 @@ def fit(
         )
     pairs, pair_batch = None, 0
     if beside:
-        pairs = PairGroups(list(beside), recipe.group, recipe.pair_crop, recipe.seed)
+        photos = [rating for rating in ratings if isinstance(rating, Rating)]
+        beside = rated_as(beside, photos, *recipe.pair_range)
+        pairs = PairGroups(beside, recipe.group, recipe.pair_crop, recipe.seed)
         at_most = len(pairs) * recipe.group  # of a few photos there are no more groups at a time
         pair_batch = min(recipe.pair_batch, at_most)
     identity = json.dumps(
@@ -409,8 +412,7 @@ class _Objective(nn.Module):
         if isinstance(batch, tuple):
             (images, rated), (distorted, _, mos) = batch
             of_images, of_pairs = self._outputs(images, distorted.flatten(0, 1))
-            low, high = self.recipe.pair_range
-            loss = self._of_pairs(of_pairs, low + (high - low) * mos)
+            loss = self._of_pairs(of_pairs, mos)
             return self._of_images(of_images, rated) + self.recipe.pair_weight * loss
         if len(batch) == 3:
             distorted, reference, mos = batch

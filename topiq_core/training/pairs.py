@@ -1,6 +1,8 @@
 """Labelled pairs: a CSV of distorted pictures and their references, read as training samples."""
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,12 +89,32 @@ def split_beside(
     )
 
 
+def rated_as(
+    pairs: Sequence[Pair], photos: Sequence[Rating], low: float, high: float
+) -> list[Pair]:
+    """Pairs with their labels put on the scale of the `photos`' ratings.
+
+    Label 0 becomes `low`, and label 1 what a photo is worth by itself: the rating of the one that a
+    pair was made from, at most `high`, or `high` where nobody rated it. So a damaged copy of a poor
+    photo is poorer than one of a good photo.
+    """
+    tops = {source_name(photo.path): min(photo.mos, high) for photo in photos}
+
+    def rated(pair: Pair) -> Pair:
+        top = tops.get(pair.source, high)
+        bottom = min(low, top)
+        return dataclasses.replace(pair, mos=bottom + (top - bottom) * pair.mos)
+
+    return [rated(pair) for pair in pairs]
+
+
 class PairGroups(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Samples for one epoch: a few distorted pictures of one reference, cropped and flipped alike.
 
     Members come two by two from one kind of distortion, so that most groups hold several levels of
-    it; one time in `group` the reference itself is a member. A sample is (distorted [K,3,C,C],
-    reference [3,C,C], mos [K]), float RGB in 0..1, and a function of (seed, epoch, index) alone.
+    it; one time in `group` the reference itself is a member, rated as its IDENTICAL pair is. A
+    sample is (distorted [K,3,C,C], reference [3,C,C], mos [K]), float RGB in 0..1, and a function
+    of (seed, epoch, index) alone.
     """
 
     def __init__(self, pairs: list[Pair], group: int, crop: int, seed: int) -> None:
@@ -103,6 +125,7 @@ class PairGroups(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 of_reference = self.ladders.setdefault(pair.reference, {})
                 of_reference.setdefault(pair.kind, []).append(pair)
         self.references = list(self.ladders)
+        self.identical = {pair.reference: pair.mos for pair in pairs if pair.kind == IDENTICAL}
 
     def __len__(self) -> int:
         return len(self.references)
@@ -130,7 +153,7 @@ class PairGroups(Dataset[tuple[Tensor, Tensor, Tensor]]):
         distorted = [cropped(_same_size(read_rgb(m.path), reference, m)) for m in members]
         mos = [m.mos for m in members]
         if rng.random() * self.group < 1:
-            distorted[0], mos[0] = cropped(reference), 1.0
+            distorted[0], mos[0] = cropped(reference), self.identical.get(path, 1.0)
         return torch.stack(distorted), cropped(reference), torch.tensor(mos, dtype=torch.float32)
 
     def _drawn(self, reference: Path, rng: np.random.Generator) -> list[Pair]:

@@ -1,0 +1,45 @@
+"""Convolutions with what surrounds them are those of PyTorch, layer by layer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from topiq_core.convolution import FusedConv
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("size", [(11, 14), (1, 5), (8, 1)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "groups"),
+    [((16, 32), 1, 1, 1), ((16, 1), 3, 1, 1), ((16, 1), 3, 2, 1), ((8, 8), 3, 2, 8)],
+)
+def test_a_fused_convolution_is_that_of_pytorch(channels, kernel, stride, groups, activation, size):
+    torch.manual_seed(3)
+    conv = nn.Conv2d(*channels, kernel, stride, kernel // 2, groups=groups)
+    x = torch.randn(2, channels[0], *size)
+    ours = FusedConv.of(conv, None, activation)
+    with torch.inference_mode():
+        expected = ACTIVATIONS[activation](conv(x))
+        for form in (x, x.to(memory_format=torch.channels_last)):
+            torch.testing.assert_close(ours(form), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sum_is_taken_before_the_activation():
+    torch.manual_seed(4)
+    conv, norm = nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x, added = torch.randn(2, 8, 5, 6), torch.randn(2, 12, 5, 6)
+    with torch.inference_mode():
+        expected = F.relu(norm(conv(x)) + added)
+        out = FusedConv.of(conv, norm, "relu")(x, added.clone())
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
