@@ -3,7 +3,7 @@
     python benchmarks/endtoend.py [--rounds N] [--model CARD] [--weights FILE] [--json FILE]
 
 In turn, on one catalog: decoding alone (the decode stage in as many processes as a run has),
-scoring alone (the frames in memory, one scorer with the threads that a run gives it), and a whole
+scoring alone (the frames in memory, as many scorers with as many threads as a run has), and a whole
 run. Of the run, the time of scoring counts, in which both stages work; starting Ray and planning do
 not. On a machine without a GPU both stages share the CPUs, so the best that a run can do there is
 the harmonic sum of the two, which is printed as well.
@@ -76,6 +76,8 @@ torch.set_num_threads(int(sys.argv[1]))
 scorer = Scorer.load(sys.argv[2], weights=sys.argv[3] or None, verify=False)
 frames = np.random.default_rng(0).integers(0, 256, (16, 720, 1280, 3), np.uint8)
 scorer.score(frames[:2])
+print("ready", flush=True)
+input()
 started = time.perf_counter()
 for _ in range(2):
     scorer.score(frames)
@@ -83,20 +85,36 @@ print(2 * len(frames) / (time.perf_counter() - started))
 """
 
 
-def score_only(model: str, weights: str | None, threads: int) -> float:
-    """Frames a second of one scorer alone, in a process like that of a run."""
+def score_only(model: str, weights: str | None, threads: int, scorers: int) -> float:
+    """Frames a second of the scorers alone, in processes like those of a run."""
     command = [sys.executable, "-c", _SCORE_ONLY, str(threads), model, weights or ""]
     env = os.environ | environment.CPU_SCORER
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout)
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
+        for _ in range(scorers)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError("a scorer did not start")
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in processes)
 
 
-def whole(source: Path, out: Path, model: str, weights: str | None) -> dict[str, object]:
+def whole(
+    source: Path, out: Path, model: str, weights: str | None, scorers: int | None
+) -> dict[str, object]:
     """The record of a run, in a process of its own."""
     command = [
         sys.executable, "-m", "jobs.score", str(source), "-o", str(out), "--sample", SAMPLE,
         "--model", model,
     ]  # fmt: skip
+    if scorers:
+        command += ["--set", f"score_actors={scorers}"]
     if weights:
         command += ["--weights", weights, "--set", "verify_weights=false"]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
@@ -112,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--model", default="cfanet_lite_nr")
     parser.add_argument("--weights")
+    parser.add_argument("--scorers", type=int, help="in place of what a run would have")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rounds = []
@@ -120,14 +139,15 @@ def main() -> None:
         source = clips(folder / "clips", options.clips, options.seconds)
         for index in range(options.rounds):
             out = folder / f"out{index}"
-            record = whole(source, out, options.model, options.weights)
+            record = whole(source, out, options.model, options.weights, options.scorers)
             shares, summary = record["cluster"], record["summary"]
             workers, threads = shares["decode_tasks"], shares["threads"]  # type: ignore[index]
+            scorers = shares["score_actors"]  # type: ignore[index]
             (plan,) = (out / "plan").iterdir()
             found = {
                 "run": summary["frames_per_s"],  # type: ignore[index]
                 "decode": decode_only(plan, workers),
-                "score": score_only(options.model, options.weights, threads),
+                "score": score_only(options.model, options.weights, threads, scorers),
             }
             found["ratio"] = found["run"] / min(found["decode"], found["score"])
             both = 1 / (1 / found["decode"] + 1 / found["score"])

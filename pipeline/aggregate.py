@@ -6,6 +6,7 @@ scores/ is derived: it can be rebuilt at any time, and is replaced in one step.
 """
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
     connection = _connect(output, model)
     extras = [f for f in _plan(output, model).schema if f.name not in schemas.PLAN.names]
     schema = schemas.scores(names, extras)
+    errors = _model_errors(output, model)
     counts = Counts()
     reader = connection.sql(_QUERY).to_arrow_reader(_ROWS_PER_BATCH)
     units = (row for batch in reader for row in batch.to_pylist())
@@ -71,6 +73,8 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
     with output.parquet_writer(schema, "scores", f"{model}.parquet") as writer:
         while some := list(itertools.islice(items, _ROWS_PER_BATCH)):
             rows = list(_item_rows(map(_joined, some), names, counts))
+            for row in rows:
+                row["score_model_se"] = errors.get(row["run_id"])
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         if counts.lost_units:
             raise RunError(
@@ -83,6 +87,21 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
                 "must not happen: please report it. Score into another output."
             )
     return counts
+
+
+MODEL_ERROR = "rmse"
+"""What a run's record says of a model's error on rated pictures that it had not seen, or null."""
+
+
+def _model_errors(output: Output, model: str) -> dict[str, float | None]:
+    """By run, how far the model is off by what its card said then."""
+    out: dict[str, float | None] = {}
+    for path in output.files("*.json", "runs"):
+        record = json.loads(output.fs.read_text(path, encoding="utf-8"))
+        for weights in (record["weights"], *record.get("companions", ())):
+            if weights["model"] == model:
+                out[record["run_id"]] = weights.get(MODEL_ERROR)
+    return out
 
 
 def planning_failures(output: Output, model: str) -> list[tuple[str, str, str]]:

@@ -61,9 +61,12 @@ class Output:
 
     def parquet_files(self, *parts: str) -> list[str]:
         """The Parquet files directly in a folder, sorted; none when it does not exist."""
+        return self.files("*.parquet", *parts)
+
+    def files(self, pattern: str, *parts: str) -> list[str]:
+        """The files directly in a folder whose names are like `*.json`, sorted."""
         self.fs.invalidate_cache()
-        found = self.fs.glob(join(self.inside(*parts), "*.parquet"))
-        return sorted(str(path) for path in found)
+        return sorted(str(path) for path in self.fs.glob(join(self.inside(*parts), pattern)))
 
     def dataset(self, files: list[str], schema: pa.Schema) -> pads.Dataset | pa.Table:
         """Parquet files of one schema as one table, read when it is used; there may be none."""

@@ -397,9 +397,15 @@ def _new_record(run: _Run) -> dict[str, Any]:
     }
 
 
-def _weights_record(weights: Weights) -> dict[str, str]:
+def _weights_record(weights: Weights) -> dict[str, Any]:
     card = weights.card
-    return {"model": card.name, "sha256": weights.sha256, "licence": card.licence}
+    rmse = card.calibration.rmse if card.calibration else None
+    return {
+        "model": card.name,
+        "sha256": weights.sha256,
+        "licence": card.licence,
+        aggregate.MODEL_ERROR: rmse,
+    }
 
 
 def _now() -> str:

@@ -156,6 +156,7 @@ def scores(names: tuple[str, ...], extras: list[pa.Field]) -> pa.Schema:
         [
             *_ITEM,
             *(pa.field(n, kinds[kind]) for n, kind in pooling.columns(names).items()),
+            pa.field("score_model_se", pa.float64()),
             pa.field("n_frames", pa.int32(), nullable=False),
             pa.field("n_units", pa.int32(), nullable=False),
             pa.field("n_units_failed", pa.int32(), nullable=False),

@@ -24,6 +24,7 @@ class ResNet50Pyramid(nn.Module):
     """ResNet-50: the stem and the four stages, at strides 2, 4, 8, 16 and 32."""
 
     channels: Sequence[int] = (64, 256, 512, 1024, 2048)
+    exact_start = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +58,9 @@ class MobileNetV2Pyramid(nn.Module):
 
     channels: Sequence[int] = (16, 24, 32, 96, 1280)
     taps = (1, 3, 6, 13, 18)
+    exact_start = True
+    """The first stage's maps are so thin that what blur leaves of texture is below a step of bf16
+    or int8: it stays in fp32 there."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -75,6 +75,12 @@ class FusedConv(nn.Module):
         shift = norm.bias.double() + (bias.double() - norm.running_mean.double()) * scale
         return cls(folded.float(), shift.float(), conv, activation)
 
+    def replace(self, weight: Tensor, bias: Tensor) -> None:
+        """Take other weights, of the same shape."""
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = bias
+        self._packed = None
+
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """x [N,C,h,w]; `added`, of the output's shape, is overwritten and returned."""
         if x.device.type == "cpu" and x.dtype in _ONEDNN_TYPES and _HAS_ONEDNN:

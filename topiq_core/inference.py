@@ -11,9 +11,12 @@ Exact in real arithmetic; fp32 scores agree with the plain module within 2e-5:
 - Full-reference features are pooled one by one instead of being concatenated first. A reference's
   maps can be computed once for many distorted images.
 - Position embeddings are kept by grid.
+
+In fewer bits it is another function. Tokens are in fp32 always, and so is the first stage of a
+backbone that says so.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,10 +65,16 @@ class InferenceNet(nn.Module):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         self.map_type = MAP_TYPES[precision]
-        self.entry: nn.Module = Normalised(net.mean, net.std, self.map_type)
         stages = net.semantic_model.stages()
         self.margins = [_margin(stage) for stage in stages]
-        self.stages = nn.ModuleList(_fused(stage) for stage in stages).to(self.map_type)
+        self.stages = nn.ModuleList(_fused(stage) for stage in stages)
+        self.exact_start = net.semantic_model.exact_start and precision in ("bf16", "int8")
+        for stage in self.stages[self.exact_start :]:
+            stage.to(self.map_type)
+        if self.exact_start:
+            self.stages[0] = nn.Sequential(self.stages[0], _As(self.map_type))
+        entry_type = torch.float32 if self.exact_start else self.map_type
+        self.entry: nn.Module = Normalised(net.mean, net.std, entry_type)
         self.gates = nn.ModuleList(_gate(pool) for pool in net.weight_pool).to(self.map_type)
         self.reduce = nn.ModuleList(
             FusedConv.of(next(r.children()), None, "gelu") for r in net.dim_reduce
@@ -81,14 +90,16 @@ class InferenceNet(nn.Module):
         only: the same, or its maps as `levels` gives them; one reference serves a whole batch.
         Returns [N] float: one score each, higher is better.
         """
-        sides: list[Iterable[Tensor]] = [self.levels(image)]
+        sides = [self.levels(image)]
         if reference is not None:
-            maps = self.levels(reference) if isinstance(reference, Tensor) else reference
-            sides.append(maps)
+            given = isinstance(reference, Tensor)
+            sides.append(self.levels(reference) if given else iter(reference))  # type: ignore[arg-type]
         grid = _coarsest_grid(*image.shape[2:])
+        positions = self._strips_on(image).gate
         tokens = []
-        for level, maps in enumerate(zip(*sides, strict=True)):
-            pooled = self.gates[level](maps, grid, self._strips_on(image).gate)
+        for level in range(LEVELS):
+            # Not by zip(), which holds its first maps, the largest ones, until the third.
+            pooled = self.gates[level]([next(side) for side in sides], grid, positions)
             tokens.append(self._tokens(level, self.reduce[level](pooled.float())))
         return expected_score(self.net.judge(tokens))
 
@@ -149,6 +160,18 @@ class Normalised(nn.Module):
         """RGB [N,3,h,w], uint8 or float in 0..1, to zero mean and unit deviation."""
         peak = 255 if x.dtype == torch.uint8 else 1
         return (x - peak * self.mean).mul_(1 / (peak * self.std)).to(self.map_type)
+
+
+class _As(nn.Module):
+    """Maps in another type."""
+
+    def __init__(self, map_type: torch.dtype) -> None:
+        super().__init__()
+        self.map_type = map_type
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same map."""
+        return x.to(self.map_type)
 
 
 def _fused(module: nn.Module) -> nn.Module:

@@ -5,8 +5,9 @@ scale * (stored - zero). A convolution's weights have a scale for each output ch
 one, which is chosen from the range that calibration pictures give it. What the rounding of the
 weights does to an output's mean is taken off its bias (Nagel et al., ICCV 2019), and a kernel is
 rounded so that its sum, which is what smooth areas see of it, stays. The backbone and
-the gates run this way but for the gates' last convolution, of 64 channels to one; that and all
-that has to do with tokens stay in fp32.
+the gates run this way but for the gates' last convolution, of 64 channels to one, and for the
+first stage of a backbone that says so; these and all that has to do with tokens stay in fp32. The
+map of such a stage is stored with a range for each channel.
 """
 
 from collections.abc import Iterable
@@ -41,21 +42,17 @@ _PIXELS = Affine(1.0, 0)
 
 
 class _Seen:
-    """What went through a convolution: its input's means by channel, its output's range."""
+    """What went through a convolution, by channel: its input's means, its output's range."""
 
     def __init__(self) -> None:
         self.sum, self.count = torch.zeros(()), 0
-        self.low = self.high = 0.0
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
 
     def add(self, x: Tensor, out: Tensor) -> None:
         """Maps [N,C,h,w]."""
         self.sum, self.count = self.sum + x.mean((0, 2, 3)), self.count + 1
-        self.low, self.high = min(self.low, float(out.min())), max(self.high, float(out.max()))
-
-    @property
-    def given(self) -> Affine:
-        """How the output can be stored."""
-        return Affine.covering(self.low, self.high)
+        self.low = torch.minimum(self.low, out.amin((0, 2, 3)))
+        self.high = torch.maximum(self.high, out.amax((0, 2, 3)))
 
 
 @dataclass(frozen=True)
@@ -211,11 +208,14 @@ class _MaxPool(nn.Module):
 
 
 def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
-    """Turn a no-reference network into an 8-bit one. It must be in fp32, and not have run yet.
+    """Turn a no-reference network, made for int8 and not run yet, into an 8-bit one.
 
     pictures: RGB [1,3,H,W] each, uint8 or float in 0..1, that ranges are taken from.
     """
-    known, ranges = _observed(net, pictures)
+    known, seen = _observed(net, pictures)
+    ranges = {
+        conv: Affine.covering(float(s.low.min()), float(s.high.max())) for conv, s in seen.items()
+    }
 
     def quantised(module: nn.Module, taken: Affine) -> tuple[nn.Module, Affine]:
         """The 8-bit form of a part whose input is stored as `taken`, and how its output is."""
@@ -244,10 +244,17 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
                 return _MaxPool(), taken
         raise TypeError(f"{type(module).__name__} has no 8-bit form.")
 
-    _take_pixels(net, known)
     taken = _PIXELS
+    if net.exact_start:
+        _level_channels(net, known, seen)
+    else:
+        _take_pixels(net, known)
     for level, (stage, gate) in enumerate(zip(net.stages, net.gates, strict=True)):
-        net.stages[level], taken = quantised(stage, taken)
+        if level == 0 and net.exact_start:
+            taken = Affine.covering(0.0, 1.0)
+            net.stages[level] = nn.Sequential(stage, _Stored(taken))
+        else:
+            net.stages[level], taken = quantised(stage, taken)
         assert isinstance(gate, GateNR)
         evidence, mixing, last = gate.gate
         assert isinstance(gate.content, FusedConv)
@@ -263,26 +270,55 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
         )
 
 
+def _level_channels(
+    net: InferenceNet, known: dict[FusedConv, _Known], seen: dict[FusedConv, _Seen]
+) -> None:
+    """Bring every channel of the first stage's map to the range 0..1 of the calibration pictures.
+
+    Exact in real arithmetic: the stage ends in a convolution without activation, which takes scale
+    and shift, and the 1x1 convolutions that its map goes to take them back (cross-layer range
+    equalisation, Nagel et al., ICCV 2019).
+    """
+    last = _convolutions(net.stages[0])[-1]
+    gate = net.gates[0]
+    assert isinstance(gate, GateNR)
+    assert last.activation == "none"
+    low, span = seen[last].low, (seen[last].high - seen[last].low).clamp(min=1e-12)
+    of = known[last]
+    last.replace(of.weight / span.view(-1, 1, 1, 1), (of.bias - low) / span)
+    for after in (_convolutions(net.stages[1])[0], gate.content, gate.gate[0]):
+        assert isinstance(after, FusedConv)
+        of = known[after]
+        assert of.weight.shape[2:] == (1, 1)
+        known[after] = _Known(
+            of.weight * span.view(1, -1, 1, 1),
+            of.bias + of.weight.flatten(1) @ low,
+            (of.means - low) / span,
+        )
+
+
+def _convolutions(module: nn.Module) -> list[FusedConv]:
+    """In the order they run."""
+    return [part for part in module.modules() if isinstance(part, FusedConv)]
+
+
 def _observed(
     net: InferenceNet, pictures: Iterable[Tensor]
-) -> tuple[dict[FusedConv, _Known], dict[FusedConv, Affine]]:
-    """Every convolution of backbone and gates, and how its output can be stored."""
-    seen: dict[nn.Module, _Seen] = {}
+) -> tuple[dict[FusedConv, _Known], dict[FusedConv, _Seen]]:
+    """Every convolution of backbone and gates, and what went through it."""
+    seen: dict[FusedConv, _Seen] = {}
     first: dict[FusedConv, tuple[Tensor, Tensor]] = {}
     hooks = []
-    for module in [*net.stages.modules(), *net.gates.modules()]:
-        if isinstance(module, FusedConv):
-            seen[module], first[module] = _Seen(), (module.weight, module.bias)
-            hooks.append(
-                module.register_forward_hook(lambda conv, x, out: seen[conv].add(x[0], out))
-            )
+    for module in _convolutions(nn.ModuleList([*net.stages, *net.gates])):
+        seen[module], first[module] = _Seen(), (module.weight, module.bias)
+        hooks.append(module.register_forward_hook(lambda conv, x, out: seen[conv].add(x[0], out)))
     with torch.inference_mode():
         for picture in pictures:
             net(picture)
     for hook in hooks:
         hook.remove()
     known = {conv: _Known(*of, seen[conv].sum / seen[conv].count) for conv, of in first.items()}
-    return known, {conv: seen[conv].given for conv in first}
+    return known, seen
 
 
 def _take_pixels(net: InferenceNet, known: dict[FusedConv, _Known]) -> None:

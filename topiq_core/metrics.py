@@ -86,8 +86,10 @@ def fit_calibration(scores: npt.ArrayLike, ratings: npt.ArrayLike, meaning: str)
         return logistic(x, 1.0, 0.0, parameters[0], np.exp(parameters[1])) - y
 
     start = (float(x.mean()), float(np.log(x.std() or 1.0)))
-    middle, log_width = optimize.least_squares(errors, start).x
-    return Calibration(float(middle), float(np.exp(log_width)), meaning, len(x))
+    fitted = optimize.least_squares(errors, start)
+    middle, log_width = fitted.x
+    rmse = float(np.sqrt(np.mean(fitted.fun**2)))
+    return Calibration(float(middle), float(np.exp(log_width)), meaning, len(x), rmse)
 
 
 def agreement(scores: npt.ArrayLike, ratings: npt.ArrayLike) -> Agreement:

@@ -23,6 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
 from pipeline.output import Output
 from pipeline.pooling import DEFAULT_POOLING
+from topiq_core import cards
 
 MODEL = "cfanet_lite_nr"
 
@@ -142,6 +143,16 @@ def test_an_item_score_is_the_mean_of_its_frames(scored):
         assert row["score"] == pytest.approx(np.mean(unit["score"]), abs=1e-6)
         assert row["score_min"] == pytest.approx(min(unit["score"]))
         assert np.isfinite(row["score"])
+
+
+def test_scores_carry_what_the_model_errs_by_also_when_they_are_pooled_anew(scored, tmp_path):
+    curve = cards.find(MODEL)[0].calibration
+    assert curve.rmse > 0
+    assert {row["score_model_se"] for row in rows(scored[0], "scores")} == {curve.rmse}
+    again = shutil.copytree(scored[0], tmp_path / "again")
+    (again / "run.json").unlink()  # runs/ knows of all runs
+    aggregate.run(Output(str(again)), MODEL, ("mean",))
+    assert {row["score_model_se"] for row in rows(again, "scores")} == {curve.rmse}
 
 
 def test_scores_carry_the_facts_of_the_media(scored, folder):

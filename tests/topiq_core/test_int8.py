@@ -152,7 +152,7 @@ def test_the_bundled_model_ranks_pictures_in_8_bits_as_in_fp32():
     frames = []
     for seed in range(6):
         scene = landscape(192 + 16 * seed, 256, seed=seed)
-        blurred = [ndimage.gaussian_filter(scene, sigma, axes=(0, 1)) for sigma in (0.7, 1, 2)]
+        blurred = [ndimage.gaussian_filter(scene, sigma, axes=(0, 1)) for sigma in (0.7, 1, 2, 4)]
         grain = np.random.Generator(np.random.PCG64(seed)).standard_normal(scene.shape)
         rough = [np.clip(scene + sigma * grain, 0, 255).astype(np.uint8) for sigma in (8, 20, 50)]
         coarse = [np.repeat(np.repeat(scene[::k, ::k], k, axis=0), k, axis=1) for k in (2, 4, 8)]

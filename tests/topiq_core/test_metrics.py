@@ -189,6 +189,9 @@ def test_a_calibration_gives_back_the_ratings_of_a_logistic_relation_and_rises()
     found = fit_calibration(outputs, ratings, "0 is bad")
     assert (found.middle, found.width) == pytest.approx((0.45, 0.2), abs=1e-4)
     assert (found.meaning, found.n) == ("0 is bad", 60)
+    assert found.rmse == pytest.approx(0, abs=1e-4)
+    scatter = np.where(np.arange(60) % 2, 0.05, -0.05)
+    assert fit_calibration(outputs, ratings + scatter, "").rmse == pytest.approx(0.05, rel=0.02)
 
 
 @pytest.mark.parametrize("ratings", [np.linspace(1, 0, 9), np.full(9, 0.5)], ids=["falls", "flat"])
