@@ -152,7 +152,7 @@ def test_the_bundled_model_ranks_pictures_in_8_bits_as_in_fp32():
     frames = []
     for seed in range(6):
         scene = landscape(192 + 16 * seed, 256, seed=seed)
-        blurred = [ndimage.gaussian_filter(scene, sigma, axes=(0, 1)) for sigma in (0.7, 1, 2, 4)]
+        blurred = [ndimage.gaussian_filter(scene, sigma, axes=(0, 1)) for sigma in (0.7, 1, 2)]
         grain = np.random.Generator(np.random.PCG64(seed)).standard_normal(scene.shape)
         rough = [np.clip(scene + sigma * grain, 0, 255).astype(np.uint8) for sigma in (8, 20, 50)]
         coarse = [np.repeat(np.repeat(scene[::k, ::k], k, axis=0), k, axis=1) for k in (2, 4, 8)]
@@ -161,6 +161,16 @@ def test_the_bundled_model_ranks_pictures_in_8_bits_as_in_fp32():
     assert np.ptp(expected) > 0.2
     assert agreement.srocc(scores, expected) >= agreement.LEAST_SROCC
     assert not np.array_equal(scores, expected)  # or it would not be 8 bits
+
+
+@needs_vnni
+def test_what_strong_blur_leaves_is_scored_in_8_bits_nearly_as_in_fp32():
+    """With its first stage in 8 bits the bundled model scored such pictures up to 0.1 higher."""
+    exact = Scorer.load("cfanet_lite_nr", device="cpu")
+    ours = Scorer.load("cfanet_lite_nr", device="cpu", precision="int8")
+    scenes = [landscape(192 + 16 * seed, 256, seed=seed) for seed in range(6)]
+    frames = [ndimage.gaussian_filter(s, sigma, axes=(0, 1)) for s in scenes for sigma in (3, 4, 6)]
+    assert np.abs(ours.score(frames) - exact.score(frames)).max() < 0.06
 
 
 @needs_vnni
