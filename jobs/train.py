@@ -283,12 +283,11 @@ def _run(task: _Task) -> _Found | None:
     if not parts.held_out:
         return None
     accuracy: dict[str, float] = {}
+    outputs = loop.score_images(net, images, task.device)
     if images:
         # Only what began undistorted: labels say how far a copy is from the photo it was made of.
         poor = {source_name(r.path) for r in task.ratings if r.mos < task.recipe.pair_range[1]}
         pairs = [pair for pair in pairs if pair.source not in poor]
-    outputs = loop.score_images(net, images, task.device)
-    if images:
         rated = [rating.mos for rating in images]
         accuracy = dataclasses.asdict(agreement(outputs, rated))
     if pairs:

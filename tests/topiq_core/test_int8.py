@@ -123,7 +123,7 @@ def test_pixels_are_framed_in_the_mean_colour():
 @pytest.fixture(scope="module", params=["resnet50", "mobilenet_v2"])
 def eight_bit(request):
     net = fill(CFANet(Architecture("nr", request.param, inter_dim=32, heads=2, gate_dim=8)))
-    forms = [InferenceNet(deepcopy(net)), InferenceNet(deepcopy(net))]
+    forms = [InferenceNet(deepcopy(net), "int8") for _ in range(2)]
     for form in forms:
         quantise(form, [image(picture(seed, 96, 128)) for seed in range(4)])
     forms[1].strips = Strips(1, 1)
@@ -131,17 +131,19 @@ def eight_bit(request):
 
 
 @needs_vnni
-def test_levels_in_strips_are_those_of_the_whole_picture_but_for_ties(eight_bit):
-    """oneDNN has other kernels for other shapes, and they may round one tie in 10^5 otherwise."""
+def test_stages_in_strips_are_those_of_the_whole_picture_but_for_ties(eight_bit):
+    """oneDNN has other kernels for other shapes, and they may round one tie in 10^5 otherwise.
+
+    Every stage is given the same map: such a tie grows from stage to stage.
+    """
     x = image(picture(5, 431, 64))
     with torch.inference_mode():
-        whole, strips = (list(form.levels(x)) for form in eight_bit)
-    assert len(whole) == 5
-    for level, (one, other) in enumerate(zip(whole, strips, strict=True)):
-        assert one.dtype == torch.uint8
-        assert one.float().std() > 5
-        apart = (one.float() - other.float()).abs().mean()
-        assert apart < (0.01 if level < 2 else 1)
+        for level in range(5):
+            whole, strips = (form._stage(level, x, form._strips_on(x).stage) for form in eight_bit)
+            assert whole.dtype == torch.uint8
+            assert whole.float().std() > 5
+            assert (whole.float() - strips.float()).abs().mean() < 0.05
+            x = whole
 
 
 @needs_vnni
@@ -176,7 +178,7 @@ def test_what_strong_blur_leaves_is_scored_in_8_bits_nearly_as_in_fp32():
 @needs_vnni
 def test_a_published_network_ranks_pictures_in_8_bits_as_in_fp32():
     net = fill(CFANet(Architecture("nr", "resnet50")))
-    exact, ours = InferenceNet(deepcopy(net)), InferenceNet(deepcopy(net))
+    exact, ours = InferenceNet(deepcopy(net)), InferenceNet(deepcopy(net), "int8")
     quantise(ours, [image(p) for p in agreement.pictures()[1]])
     frames = [image(picture(seed, 160, 128 + 16 * seed)) for seed in range(16)]
     frames += [image(noisy(picture(seed, 128, 160), seed)) for seed in range(16)]
@@ -190,7 +192,7 @@ def test_a_published_network_ranks_pictures_in_8_bits_as_in_fp32():
 @needs_vnni
 def test_an_8_bit_network_that_meets_unknown_values_gives_a_finite_score():
     net = weights.load(weights.resolve("cfanet_lite_nr"))
-    ours = InferenceNet(net)
+    ours = InferenceNet(net, "int8")
     quantise(ours, [torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)])  # a poor choice of ranges
     with torch.inference_mode():
         assert torch.isfinite(ours(image(picture(2, 64, 96)))).all()
