@@ -62,6 +62,11 @@ class Events:
         unread = f", {failed_items} unreadable" if failed_items else ""
         twice = f", {rest['duplicates']} named twice" if rest.get("duplicates") else ""
         self._say(f"planned {items} items{unread}, {frames} frames{left_out}{twice}")
+        if gone := rest.get("gone"):
+            self._say(
+                f"{gone} items of the last run are not in this catalog: scores/ will be without "
+                "them. To keep several catalogs, give each an output of its own."
+            )
 
     def _scorers_lost(self, units_open: int) -> None:
         self._say(f"scoring processes were lost; going on with {units_open} units")

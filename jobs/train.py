@@ -230,7 +230,7 @@ def train(
             )
         except ValueError as error:
             cli.say(f"not calibrated: {error}")
-    net = _fit(template, _parts(template), device)  # from its finished checkpoint
+    net = _fit(template, _parts(template), _here(template))  # from its finished checkpoint
     names = found[0].accuracy if found else {}
     card = Card(
         name=output.stem,
@@ -283,7 +283,7 @@ def _run(task: _Task) -> _Found | None:
     if not parts.held_out:
         return None
     accuracy: dict[str, float] = {}
-    outputs = loop.score_images(net, images, task.device)
+    outputs = loop.score_images(net, images, _here(task))
     if images:
         # Only what began undistorted: labels say how far a copy is from the photo it was made of.
         poor = {source_name(r.path) for r in task.ratings if r.mos < task.recipe.pair_range[1]}
@@ -291,7 +291,7 @@ def _run(task: _Task) -> _Found | None:
         rated = [rating.mos for rating in images]
         accuracy = dataclasses.asdict(agreement(outputs, rated))
     if pairs:
-        scores = loop.score_pairs(net, pairs, task.device)
+        scores = loop.score_pairs(net, pairs, _here(task))
         if not images:
             accuracy |= dataclasses.asdict(loop.pair_agreement(scores, pairs))
         else:
@@ -362,7 +362,15 @@ def _fitted(task: _Task, parts: _Parts) -> "CFANet":
                 name=task.name, storage_path=str(task.checkpoint.parent / "ray_train")
             ),
         ).fit()
-    return _fit(task, parts, task.device)
+    return _fit(task, parts, _here(task))
+
+
+def _here(task: _Task) -> str:
+    """The device for what this process does itself: beside workers it may be on a bare head."""
+    import torch
+
+    beside_workers = task.recipe.workers > 1 and not torch.cuda.is_available()
+    return "cpu" if beside_workers else task.device
 
 
 def _fit(task: _Task, parts: _Parts, device: str) -> "CFANet":

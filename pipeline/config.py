@@ -31,8 +31,8 @@ class Config(BaseModel):
     model: str = Field(
         default="cfanet_lite_nr",
         description="Card to score with, or a .safetensors file exported by `topiq train`. "
-        "`cfanet_lite_nr` is bundled; published cards are fetched on first use. Several, with "
-        "commas between them, score the same frames, which are decoded once.",
+        "`cfanet_lite_nr` and `cfanet_lite_fr` are bundled; published cards are fetched on first "
+        "use. Several, with commas between them, score the same frames, which are decoded once.",
     )
     weights: str | None = Field(
         default=None,
@@ -42,7 +42,8 @@ class Config(BaseModel):
     )
     verify_weights: bool = Field(
         default=True,
-        description="Refuse weights whose sha256 is not the card's. Off for own training.",
+        description="Refuse weights whose sha256 is not that of a published card. To be turned off "
+        "for weights of your own given as `weights`; a file given as `model` brings its own card.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
@@ -110,7 +111,8 @@ class Config(BaseModel):
     measures: tuple[str, ...] = Field(
         default=(),
         description="Classic measures beside the score of models that compare: psnr, ssim, "
-        "ms_ssim. See docs/full-reference.md.",
+        "ms_ssim. Refused for other models, which have nothing to measure against. See "
+        "docs/full-reference.md.",
     )
     pooling: tuple[str, ...] = Field(
         default=DEFAULT_POOLING,
@@ -121,8 +123,8 @@ class Config(BaseModel):
         default=25_000_000,
         gt=0,
         description="Largest picture accepted, in pixels; larger ones fail as `too_large`. This "
-        "bounds the memory of a scorer on a CPU (80 MB a megapixel with the bundled model, 160 "
-        "with a ResNet-50 card) and its time, which grows with the square of large pictures.",
+        "bounds the memory of a scorer on a CPU (280 MB a megapixel in a long run) and its time, "
+        "which grows with the square of large pictures.",
     )
     max_duration_s: float = Field(
         default=24 * 3600.0,
@@ -222,6 +224,14 @@ class Config(BaseModel):
     max_failures: int | None = Field(
         default=None, ge=0, description="Stop the run when more work units than this have failed."
     )
+
+    @field_validator("pooling", "measures", mode="before")
+    @classmethod
+    def _with_commas(cls, given: object) -> object:
+        """A list may also be given as on the command line, with commas between its members."""
+        if not isinstance(given, str):
+            return given
+        return [name for part in given.split(",") if (name := part.strip())]
 
     @field_validator("sample")
     @classmethod
@@ -337,14 +347,15 @@ def reference() -> str:
         shown = ", ".join(default) if isinstance(default, tuple) else default
         kind = re.sub(r"typing\.|<class '|'>", "", str(field.annotation)).replace("|", "or")
         shown = (
-            "none" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
+            "null" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
         )
         rows.append(f"| `{name}` | {kind} | `{shown}` | {field.description} |")
     head = (
         "# Configuration\n\n"
         "Made from `pipeline/config.py` by `make docs`; do not edit.\n\n"
-        "Given by `--config FILE` (YAML), `--set KEY=VALUE`, or the flag of the same name where\n"
-        "there is one; the later of these wins.\n\n"
+        "Given by `--config FILE` (YAML), `--set KEY=VALUE` (the value in YAML too), or the flag\n"
+        "of the same name where there is one (that of `measures` is `--with`); the later of these\n"
+        "wins. Lists are written `[a, b]` or `a,b`.\n\n"
         "| option | type | default | what it does |\n|---|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import aggregate
+from pipeline import aggregate, schemas
 from pipeline.errors import ConfigError, OutputError
 from pipeline.output import Output, database
 
@@ -27,7 +27,8 @@ SCHEMA = pa.schema(
         ("psnr_y", pa.float64()),
         ("ssim", pa.float64()),
         ("on_hull", pa.bool_()),
-    ]
+    ],
+    metadata=schemas.OUTCOME.metadata,
 )
 """ladders/: one row per rendition, by reference and bit rate. Sizes are those before scaling."""
 

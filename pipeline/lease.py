@@ -116,9 +116,12 @@ def held(output: Output, run_id: str) -> Iterator[None]:
 
 
 def _machine() -> str:
-    """Differs between machines, and changes when one starts anew."""
+    """Differs where process numbers mean something else: on another machine, after it starts anew,
+    and in another container on it.
+    """
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return f"{uuid.getnode():x}"
 
 

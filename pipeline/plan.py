@@ -53,7 +53,7 @@ _SIGNATURE = b"topiq_plan_signature"
 
 @dataclass
 class PlanCounts:
-    """What a plan holds."""
+    """What a plan holds. gone: items of the plan before it that are in the catalog no more."""
 
     items: int = 0
     units: int = 0
@@ -62,6 +62,7 @@ class PlanCounts:
     failed_items: int = 0
     skipped: int = 0
     duplicates: int = 0
+    gone: int = 0
 
 
 def table_path(model: str) -> tuple[str, str]:
@@ -129,7 +130,7 @@ def run(
         ray_remote_args_fn=cluster.bounded_retries,
         fn_kwargs={"schema": schema},
     )
-    counts = PlanCounts(duplicates=catalog.duplicates)
+    counts = PlanCounts(duplicates=catalog.duplicates, gone=_gone(output, model, catalog))
     batches = units.iter_batches(batch_size=None, batch_format="pyarrow")
     try:
         with (
@@ -139,7 +140,7 @@ def run(
             for table in _merged(_regrouped(batches), before, catalog, schema, counts):
                 _count(counts, table)
                 writer.write_table(table)
-                failures.write_table(_failures(table, run_id, config))
+                failures.write_table(_failures(table, run_id, config, planner.compares))
             if counts.items == 0:
                 raise CatalogError("there is no image and no video in the catalog.")
     except ray.exceptions.RayError as error:
@@ -160,9 +161,12 @@ def _write_companion(output: Output, model: str, other: Weights, schema: pa.Sche
         folder, name = place
         path = output.inside(*place)
         source = pads.dataset(path, filesystem=output.arrow_filesystem())
-        kept = schema if folder == "plan" else schemas.OUTCOME
+        # Without the mark: the next plan is made from that of the first model.
+        kept = (schema if folder == "plan" else schemas.OUTCOME).with_metadata(
+            schemas.OUTCOME.metadata
+        )
         named = name.replace(model, other.card.name)
-        with output.parquet_writer(kept.remove_metadata(), folder, named) as writer:
+        with output.parquet_writer(kept, folder, named) as writer:
             for batch in source.to_batches(batch_size=_ROWS_PER_GROUP):
                 table = pa.Table.from_batches([batch])
                 ids = [companion_id(unit_id, other) for unit_id in table["unit_id"].to_pylist()]
@@ -171,16 +175,35 @@ def _write_companion(output: Output, model: str, other: Weights, schema: pa.Sche
                     index = table.column_names.index(column)
                     field = table.schema.field(column)
                     table = table.set_column(index, field, pa.array(values, pa.string()))
-                writer.write_table(table.cast(kept.remove_metadata()))
+                writer.write_table(table.cast(kept))
+
+
+def _lying_there(output: Output, model: str) -> pads.Dataset | None:
+    """The plan that lies in the output."""
+    path = output.inside(*table_path(model))
+    if not output.fs.exists(path):
+        return None
+    return pads.dataset(path, filesystem=output.arrow_filesystem())
 
 
 def _last_plan(output: Output, model: str, signature: bytes) -> pads.Dataset | None:
     """The plan that lies in the output, if it was made in the same way as this one will be."""
-    path = output.inside(*table_path(model))
-    if not output.fs.exists(path):
+    found = _lying_there(output, model)
+    if found is None or (found.schema.metadata or {}).get(_SIGNATURE) != signature:
         return None
-    found = pads.dataset(path, filesystem=output.arrow_filesystem())
-    return found if (found.schema.metadata or {}).get(_SIGNATURE) == signature else None
+    return found
+
+
+def _gone(output: Output, model: str, catalog: Catalog) -> int:
+    """How many items of the plan that lies in the output are in the catalog no more."""
+    before = _lying_there(output, model)
+    if before is None:
+        return 0
+    connection = database()
+    connection.register("known", before)
+    connection.register("items", catalog.table)
+    query = "SELECT count(DISTINCT item_id) FROM known ANTI JOIN items USING (item_id)"
+    return int(connection.sql(query).fetchall()[0][0])
 
 
 _KNOWN = """
@@ -238,7 +261,7 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _failures(planned: pa.Table, run_id: str, config: Config) -> pa.Table:
+def _failures(planned: pa.Table, run_id: str, config: Config, compares: bool) -> pa.Table:
     """The rows of failures/ for items that could not be planned."""
     now = datetime.now(UTC)
     names = [n for n in schemas.OUTCOME.names if n in planned.column_names]
@@ -248,7 +271,9 @@ def _failures(planned: pa.Table, run_id: str, config: Config) -> pa.Table:
         "host": socket.gethostname(), "run_id": run_id, "started_at": now, "finished_at": now,
     }  # fmt: skip
     rows = [
-        row | common | {"replay": config.replay(row["uri"], row["reference_uri"])}
+        row
+        | common
+        | {"replay": config.replay(row["uri"], row["reference_uri"] if compares else None)}
         for row in failed.to_pylist()
     ]
     return pa.Table.from_pylist(rows, schema=schemas.OUTCOME)

@@ -202,8 +202,11 @@ def _open(source: str, out: str, config: Config, event: Event) -> _Run:
     config, weights = _resolved_models(config)
     if weights[0].card.architecture.mode == "fr":
         found = catalog.read_pairs(source, config.references)
-    elif config.references.given:
-        raise ConfigError(f"{config.model} takes no reference: choose a model that compares.")
+    elif config.references.given or config.measures or config.align != Config().align:
+        raise ConfigError(
+            f"{config.model} takes no reference, nothing to align and nothing to measure against: "
+            "choose a model that compares."
+        )
     else:
         found = catalog.read(source)
     output = Output(out)

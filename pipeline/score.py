@@ -236,7 +236,7 @@ def _decode_unit(
             "wait_s": found.wait_s,
         }
     except Exception as error:
-        row |= failure("decode", error, unit, config) | {"pts_s": unit["times_s"]}
+        row |= failure("decode", error, unit, config, compares=False) | {"pts_s": unit["times_s"]}
     row["decode_s"] = time.perf_counter() - started
     return row, found
 
@@ -318,15 +318,20 @@ _DECODED_ROW = pa.schema(
 )
 
 
-def failure(stage: str, error: Exception, unit: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The columns that say why a unit failed. What is no MediaError is a fault of ours."""
+def failure(
+    stage: str, error: Exception, unit: dict[str, Any], config: Config, compares: bool
+) -> dict[str, Any]:
+    """The columns that say why a unit failed. What is no MediaError is a fault of ours.
+
+    compares: whether a model of the run compares with references.
+    """
     if not isinstance(error, MediaError):
         error = InternalError(f"{unit['uri']}: {type(error).__name__}: {error}")
     return {
         "stage": stage,
         "code": error.code,
         "message": redacted(str(error)),
-        "replay": config.replay(unit["uri"], unit["reference_uri"]),
+        "replay": config.replay(unit["uri"], unit["reference_uri"] if compares else None),
     }
 
 
@@ -403,7 +408,9 @@ class ScoreUnits:
             row["finished_at"] = datetime.now(UTC)
             errors = [result for result, _ in of_unit if isinstance(result, MediaError)]
             if errors:
-                row |= {"weight_s": None, **failure("score", errors[0], row, self.config)}
+                compares = self.weights[0].card.architecture.mode == "fr"
+                said = failure("score", errors[0], row, self.config, compares)
+                row |= {"weight_s": None, **said}
                 row["message"] = f"{row['uri']}: {errors[0]}"
             row[_FOLDER] = "failures" if row["code"] else "frame_scores"
             for weights, (result, seconds) in zip(self.weights, of_unit, strict=True):

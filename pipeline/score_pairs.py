@@ -104,7 +104,7 @@ class _Ladder:
             try:
                 self._compare(unit, row, shared)
             except Exception as error:
-                row |= score.failure("decode", error, unit, self.config)
+                row |= score.failure("decode", error, unit, self.config, compares=True)
                 row |= {"pts_s": unit["times_s"], "reference_pts_s": None}
             row["decode_s"] = time.perf_counter() - started
         return self._table()
