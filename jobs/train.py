@@ -194,6 +194,7 @@ def train(
     else:
         assert backbone is not None
         origin = backbone.absolute()
+        recipe = dataclasses.replace(recipe, start=f"{backbone.name} {weights.sha256_of(origin)}")
 
     template = _Task(
         architecture,

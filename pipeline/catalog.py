@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schemas, storage
 from pipeline.errors import CatalogError
+from pipeline.output import database
 from pipeline.pairing import Pairing, References
 from pipeline.storage import Stat
 
@@ -138,7 +140,7 @@ def _paired(table: pa.Table, source: str, references: References) -> pa.Table:
     listed = _read(references.file or references.root or "").table
     known = dict(zip(listed["uri"].to_pylist(), listed["address"].to_pylist(), strict=True))
     if references.file is None:
-        pairs = references.pair(uris, list(known), storage.absolute(source))
+        pairs = references.pair(uris, list(known), _base(source))
     elif len(known) == 1:
         pairs = [Pairing(uri, reference) for uri in uris for reference in known]
     else:
@@ -156,6 +158,16 @@ def _paired(table: pa.Table, source: str, references: References) -> pa.Table:
     return table
 
 
+def _base(source: str) -> str:
+    """The folder that the paths of a source's items are counted from."""
+    source = storage.absolute(source)
+    fs, path = storage.locate(source)
+    if fs.isdir(path):
+        return source
+    whole = source if fs.isfile(path) else re.split(r"[*?\[]", source)[0]
+    return whole.rpartition("/")[0]
+
+
 def _with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
     index = table.column_names.index(name)
     column = pa.array(values, COLUMNS.field(name).type)
@@ -163,9 +175,21 @@ def _with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
 
 
 def _without_repeats(found: Catalog) -> Catalog:
+    """Each item once. Raises CatalogError where two are told apart by a credential alone."""
     first: dict[str, int] = {}
+    addresses = found.table["address"].to_pylist()
     for index, name in enumerate(found.table["item_id"].to_pylist()):
-        first.setdefault(name, index)
+        earlier = first.setdefault(name, index)
+        one, other = addresses[earlier], addresses[index]
+        if one != other and storage.unsigned(from_bytes(one)) != storage.unsigned(
+            from_bytes(other)
+        ):
+            raise CatalogError(
+                f"{found.table['uri'][index].as_py()}: two addresses that differ only where this "
+                "stands for REDACTED, or in their user. That is taken for a credential, and kept "
+                "out of the tables; if it says which item is meant, give it another name than "
+                "one of a key, token, password or the like."
+            )
     kept = found.table.take(list(first.values()))
     repeats = found.table.num_rows - kept.num_rows
     return Catalog(kept, found.duplicates + repeats, found.extras)
@@ -291,9 +315,35 @@ def _manifest(source: str, fs: Any, path: str) -> Catalog:
     entries = zip(uris, references, strict=True)
     out = _items([_Entry(uri, True, reference=reference) for uri, reference in entries])
     extras = table.drop_columns(["uri"]).rename_columns(_extra_names(table.column_names))
+    fields = []
     for name in extras.column_names:
-        out = out.append_column(extras.schema.field(name), extras[name])
-    return Catalog(out, extras=list(extras.schema))
+        column = _carried(source, name, extras[name])
+        fields.append(pa.field(name, column.type))
+        out = out.append_column(fields[-1], column)
+    return Catalog(out, extras=fields)
+
+
+def _carried(source: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A manifest's column in a type that goes through DuckDB to the scores, and back.
+
+    Half precision becomes single. Raises CatalogError for a type that does not pass.
+    """
+    kind = column.type
+    if pa.types.is_float16(kind):
+        column = column.cast(pa.float32())
+    elif pa.types.is_list(kind) and pa.types.is_float16(kind.value_type):
+        column = column.cast(pa.list_(pa.float32()))
+    try:
+        connection = database()
+        connection.register("one", pa.table({"it": column.drop_null().slice(0, 1)}))
+        back = connection.sql("SELECT it FROM one").to_arrow_table()
+        back["it"].cast(column.type)
+    except Exception as error:
+        raise CatalogError(
+            f"{source}: column {name} is of type {kind}, which cannot be carried along "
+            f"({str(error).splitlines()[0]}). Cast it, or leave it out."
+        ) from error
+    return column
 
 
 def _read_table(file: Any, suffix: str) -> pa.Table:

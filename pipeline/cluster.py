@@ -4,6 +4,8 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +104,18 @@ def _await_nodes(config: Config) -> None:
         time.sleep(1)
 
 
+@contextmanager
+def ended_when_stuck(seconds: float) -> Iterator[None]:
+    """Datasets that are made in the body are given up when nothing has moved for so long."""
+    context = ray.data.DataContext.get_current()
+    before = context.execution_no_progress_timeout_s
+    context.execution_no_progress_timeout_s = seconds
+    try:
+        yield
+    finally:
+        context.execution_no_progress_timeout_s = before
+
+
 def bounded_retries() -> dict[str, Any]:
     """For tasks that open media: a file that kills its worker each time must not loop for ever."""
     return {"max_retries": 3}
@@ -138,8 +152,9 @@ def run_error(error: Exception) -> RunError:
         doing = [line.strip(" -") for line in text.splitlines() if line.startswith("  - ")]
         return RunError(
             "nothing moved for as long as no_progress_timeout_s allows; the run was stopped. "
-            f"At that time: {'; '.join(doing)}. Look at the nodes and at their memory; what is "
-            "scored is kept, and the same command goes on where this one stopped."
+            f"At that time: {'; '.join(doing)}. Look at the nodes, at their memory, and at storage "
+            "that does not answer (each file may take decode_timeout_s); what is scored is kept, "
+            "and the same command goes on where this one stopped."
         )
     if "No space left on device" in text:
         return RunError(
@@ -172,7 +187,8 @@ def shares(config: Config) -> Shares:
     small = booked < 4
     if use_gpus:
         actors = config.score_actors or max(1, int(gpus / config.gpus_per_actor))
-        actor_cpus, threads = 1.0, 1
+        # One CPU each, but not the last ones: without decoders, scorers wait for ever.
+        actor_cpus, threads = 0.25 if small else min(1.0, (booked - 2) / actors), 1
     else:
         actors = config.score_actors or max(1, cpus // 4)
         threads = max(1, cpus // actors) if cpus < 8 else 4

@@ -21,9 +21,21 @@ _PENDING = ".pending.parquet"
 _SCHEMA = pa.schema([("unit_id", pa.string())])
 
 
-def has_pending(output: Output) -> bool:
-    """Whether a killed run has left half-written files; the next run that scores removes them."""
-    return any(path.endswith(_PENDING) for path in output.parquet_files(FOLDER))
+def recover(output: Output) -> None:
+    """Remove what a killed run has left half-written. Cut short, it can be repeated.
+
+    Ray Data does so too, but takes the mark of what is half-written away first: what it had not
+    removed when it was killed itself would count as whole. Raises OutputError.
+    """
+    for path in output.parquet_files(FOLDER):
+        if not path.endswith(_PENDING):
+            continue
+        write = path.rsplit("/", 1)[-1].removesuffix(_PENDING)
+        whole = output.fs.exists(output.inside(FOLDER, f"{write}.parquet"))
+        rows = [] if whole else output.files(f"{write}*.parquet", "frame_scores")
+        rows += [] if whole else output.files(f"{write}*.parquet", "failures")
+        for file in (*rows, path):
+            output.remove(file)
 
 
 def count_open(output: Output, model: str) -> int:

@@ -18,6 +18,7 @@ from pipeline.media.colour import Crop, Hdr, Interlaced, Policy
 from pipeline.media.sample import SampleSpec
 from pipeline.pairing import References
 from pipeline.pooling import DEFAULT_POOLING, check_names
+from pipeline.storage import redacted
 
 Align = Literal["pts", "auto", "none"]
 ScaleTo = Literal["reference", "distorted"]
@@ -274,7 +275,8 @@ class Config(BaseModel):
 
     def replay(self, uri: str, reference_uri: str | None = None) -> str:
         """The command that scores one item alone with these options."""
-        fields = self.model_dump(mode="json", exclude_defaults=True)
+        dumped = self.model_dump(mode="json", exclude_defaults=True)
+        fields = {k: redacted(v) if isinstance(v, str) else v for k, v in dumped.items()}
         if reference_uri is not None:
             fields |= {"reference": reference_uri}
             fields = {

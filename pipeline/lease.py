@@ -8,6 +8,7 @@ and the lease is taken over. No clocks are compared. An owner on this machine is
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -37,6 +38,8 @@ class _Lease:
         }  # fmt: skip
         self.lost = False
         self.released = threading.Event()
+        # What goes on writing would be there twice: the other run does the same units.
+        self.ends_main = threading.current_thread() is threading.main_thread()
 
     def found(self) -> dict[str, Any] | None:
         """Whose lease lies there; None when there is none, or only a part of one."""
@@ -87,6 +90,8 @@ class _Lease:
             with contextlib.suppress(OSError, OutputError):
                 if not self.is_ours():
                     self.lost = True
+                    if self.ends_main:
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 self.write()
 
@@ -105,6 +110,9 @@ def held(output: Output, run_id: str) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if not lease.lost:
+            raise
     finally:
         lease.released.set()
         thread.join()

@@ -1,6 +1,7 @@
 """The output folder, and the database for what is written to it."""
 
 import contextlib
+import fnmatch
 import os
 import tempfile
 from collections.abc import Iterator
@@ -66,7 +67,24 @@ class Output:
     def files(self, pattern: str, *parts: str) -> list[str]:
         """The files directly in a folder whose names are like `*.json`, sorted."""
         self.fs.invalidate_cache()
-        return sorted(str(path) for path in self.fs.glob(join(self.inside(*parts), pattern)))
+        try:
+            found = self.fs.ls(self.inside(*parts), detail=False)
+        except FileNotFoundError:
+            return []
+        paths = (str(path) for path in found)
+        return sorted(p for p in paths if fnmatch.fnmatch(p.rsplit("/", 1)[-1], pattern))
+
+    def remove(self, path: str) -> None:
+        """Remove a file, which may be gone already. Raises OutputError."""
+        try:
+            self.fs.rm_file(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise OutputError(
+                f"{path}: cannot be removed ({error.strerror or error}). Check the rights there; "
+                "the same command goes on from here."
+            ) from error
 
     def dataset(self, files: list[str], schema: pa.Schema) -> pads.Dataset | pa.Table:
         """Parquet files of one schema as one table, read when it is used; there may be none."""

@@ -55,20 +55,13 @@ class References:
         """Whether the options say anything of references."""
         return (self.file or self.root) is not None
 
-    def pair(
-        self, distorted: Sequence[str], references: Sequence[str], source: str
-    ) -> list[Pairing]:
-        """Pair items of `source` with the files below the root."""
+    def pair(self, distorted: Sequence[str], references: Sequence[str], base: str) -> list[Pairing]:
+        """Pair items below the folder `base` with the files below the root."""
         if self.pattern is not None:
             key = pattern_key(self.pattern)
             return pair_by_key(distorted, references, key, key)
-        fixed = source
-        if any(mark in source for mark in "*?["):
-            fixed = re.split(r"[*?\[]", source)[0].rpartition("/")[0]
-        elif PurePosixPath(source).suffix and list(distorted) == [source]:
-            fixed = source.rpartition("/")[0]
         root = path_key(storage.absolute(self.root or ""))
-        return pair_by_key(distorted, references, path_key(fixed), root)
+        return pair_by_key(distorted, references, path_key(base), root)
 
 
 def path_key(root: str) -> Key:

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline import cluster, pairs, schemas, storage
 from pipeline.catalog import Catalog, digest, from_bytes
@@ -68,6 +69,11 @@ class PlanCounts:
 def table_path(model: str) -> tuple[str, str]:
     """Where a model's plan lies in the output folder."""
     return "plan", f"{model}.parquet"
+
+
+def _failures_path(model: str) -> tuple[str, str]:
+    """Where the failures of a model's planning lie."""
+    return "failures", f"plan-{model}.parquet"
 
 
 def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] = ()) -> str:
@@ -118,24 +124,27 @@ def run(
     """
     first, *others = weights
     model, scoring = first.card.name, fingerprint(config, first, others)
-    planner = _Planner(config, model, scoring, first.card.architecture.mode == "fr")
+    sides = tuple(one.card.short_side for one in weights if one.card.short_side is not None)
+    planner = _Planner(config, model, scoring, first.card.architecture.mode == "fr", sides)
     mark = {_SIGNATURE: signature(config, scoring)}
     schema = pa.schema([*schemas.PLAN, *catalog.extras], metadata=schemas.PLAN.metadata | mark)
     before = _last_plan(output, model, mark[_SIGNATURE])
-    units = ray.data.from_arrow(_chunks(_with_known(catalog.table, before), shares)).map_batches(
-        planner,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=shares.decode_cpus,
-        ray_remote_args_fn=cluster.bounded_retries,
-        fn_kwargs={"schema": schema},
-    )
+    chunks = _chunks(_with_known(catalog.table, before), planner.chunk, shares)
     counts = PlanCounts(duplicates=catalog.duplicates, gone=_gone(output, model, catalog))
-    batches = units.iter_batches(batch_size=None, batch_format="pyarrow")
     try:
+        with cluster.ended_when_stuck(config.no_progress_timeout_s):
+            units = ray.data.from_arrow(chunks).map_batches(
+                planner,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=shares.decode_cpus,
+                ray_remote_args_fn=cluster.bounded_retries,
+                fn_kwargs={"schema": schema},
+            )
+        batches = units.iter_batches(batch_size=None, batch_format="pyarrow")
         with (
             output.parquet_writer(schema, *table_path(model)) as writer,
-            output.parquet_writer(schemas.OUTCOME, "failures", f"plan-{model}.parquet") as failures,
+            output.parquet_writer(schemas.OUTCOME, *_failures_path(model)) as failures,
         ):
             for table in _merged(_regrouped(batches), before, catalog, schema, counts):
                 _count(counts, table)
@@ -143,7 +152,7 @@ def run(
                 failures.write_table(_failures(table, run_id, config, planner.compares))
             if counts.items == 0:
                 raise CatalogError("there is no image and no video in the catalog.")
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise cluster.run_error(error) from error
     for other in others:
         _write_companion(output, model, other, schema)
@@ -157,16 +166,16 @@ def companion_id(unit_id: str, weights: Weights) -> str:
 
 def _write_companion(output: Output, model: str, other: Weights, schema: pa.Schema) -> None:
     """The plan and the planning failures of a model, once more, for another one."""
-    for place in (table_path(model), ("failures", f"plan-{model}.parquet")):
-        folder, name = place
+    for place in (table_path(model), _failures_path(model)):
+        folder, _ = place
         path = output.inside(*place)
         source = pads.dataset(path, filesystem=output.arrow_filesystem())
         # Without the mark: the next plan is made from that of the first model.
         kept = (schema if folder == "plan" else schemas.OUTCOME).with_metadata(
             schemas.OUTCOME.metadata
         )
-        named = name.replace(model, other.card.name)
-        with output.parquet_writer(kept, folder, named) as writer:
+        renamed = (table_path if folder == "plan" else _failures_path)(other.card.name)
+        with output.parquet_writer(kept, *renamed) as writer:
             for batch in source.to_batches(batch_size=_ROWS_PER_GROUP):
                 table = pa.Table.from_batches([batch])
                 ids = [companion_id(unit_id, other) for unit_id in table["unit_id"].to_pylist()]
@@ -279,9 +288,9 @@ def _failures(planned: pa.Table, run_id: str, config: Config, compares: bool) ->
     return pa.Table.from_pylist(rows, schema=schemas.OUTCOME)
 
 
-def _chunks(table: pa.Table, shares: cluster.Shares) -> list[pa.Table]:
+def _chunks(table: pa.Table, most: int, shares: cluster.Shares) -> list[pa.Table]:
     """Small enough that every CPU has work, large enough that a task is worth its start."""
-    rows = max(1, min(256, table.num_rows // (4 * shares.decode_tasks) or 1))
+    rows = max(1, min(most, table.num_rows // (4 * shares.decode_tasks) or 1))
     return [table.slice(start, rows) for start in range(0, table.num_rows, rows)]
 
 
@@ -318,6 +327,14 @@ class _Planner:
     model: str
     fingerprint: str
     compares: bool
+    short_sides: tuple[int, ...] = ()
+    """To which models bring pictures before they look."""
+
+    @property
+    def chunk(self) -> int:
+        """Most items of a task, none of which is seen to move until all are planned."""
+        whole_files = self.compares or SampleSpec.parse(self.config.sample).needs_frame_times
+        return 16 if whole_files else 128
 
     def __call__(self, items: pa.Table, schema: pa.Schema) -> pa.Table:
         references = _References(self.config)
@@ -362,6 +379,7 @@ class _Planner:
         config = self.config
         found = _probed(address, stat, config.sample, config)
         facts = found.facts
+        self._check_enlarged(address, facts)
         spec = SampleSpec.parse(config.sample)
         frame_bytes = max(1, facts.coded_width * facts.coded_height * 3)
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
@@ -373,6 +391,18 @@ class _Planner:
         return [
             self._row(common, len(units), index, unit, (stat,)) for index, unit in enumerate(units)
         ]
+
+    def _check_enlarged(self, address: str, facts: probe.Facts) -> None:
+        """Raises TooLarge for what would be when a model has brought it to its size."""
+        width, height = facts.coded_width, facts.coded_height
+        for side in self.short_sides:
+            scale = side / max(1, min(width, height))
+            if width * height * scale**2 > self.config.max_pixels:
+                raise TooLarge(
+                    f"{address}: {width}x{height}, which the model brings to a shorter side of "
+                    f"{side} pixels, is over the limit of {self.config.max_pixels} then. Raise "
+                    "max_pixels if there is memory for it."
+                )
 
     def _pair_units(
         self,
@@ -389,6 +419,8 @@ class _Planner:
             against, reference_stat = references.probed(reference), references.stat(reference)
         found = persistently(lambda: _probed(address, stat, "all", config), config.attempts)
         pairs.same_kind(uri, found, against)
+        for place, probed in ((address, found), (reference, against)):
+            self._check_enlarged(place, probed.facts)
         timelines = found.timeline, against.timeline
         if config.align == "auto" and found.facts.kind == "video":
             sides = (address, found.timeline), (reference, against.timeline)

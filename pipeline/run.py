@@ -139,7 +139,7 @@ def _run_steps(run: _Run) -> Summary:
             advice=held_up[1] if held_up else None,
         )
     except BaseException as error:
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        record |= {"status": "failed", "error": redacted(f"{type(error).__name__}: {error}")}
         record["finished_at"] = _now()
         with suppress(OutputError):  # the first error is the one to show
             _write_record(run.output, record)
@@ -172,7 +172,7 @@ def retry(out: str, codes: Collection[str], event: Event, source: str | None = N
     output = Output(out)
     record = _last_record(output)
     source, config = source or record["source"], Config(**record["config"])
-    if "=REDACTED" in source:
+    if source == record["source"] and record.get("source_redacted", "=REDACTED" in source):
         raise ConfigError(f"{source}: its credentials were not kept. Give it again with --source.")
     unknown = sorted(set(codes) - set(BY_CODE))
     if unknown:
@@ -198,6 +198,7 @@ def _last_record(output: Output) -> dict[str, Any]:
 
 def _open(source: str, out: str, config: Config, event: Event) -> _Run:
     """Everything that can go wrong before Ray is needed goes wrong here."""
+    source = storage.absolute(source)
     config = _with_absolute_paths(config)
     config, weights = _resolved_models(config)
     if weights[0].card.architecture.mode == "fr":
@@ -251,8 +252,9 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
             f"{planned.failed_items} items failed at planning, {allowed} are allowed. "
             f"See {run.output.url}/failures/."
         )
+    commits.recover(run.output)
     to_do = commits.count_open(run.output, run.model)
-    if not to_do and not commits.has_pending(run.output):
+    if not to_do:
         return 0.0
     rest = None if allowed is None else allowed - planned.failed_items
     monitor = cluster.beside_driver(Monitor).remote(rest)
@@ -280,6 +282,7 @@ def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> 
                 run.run_id,
             )
         except ScorersDied:
+            commits.recover(run.output)
             still_open = commits.count_open(run.output, run.model)
             if still_open >= to_do:
                 raise
@@ -389,6 +392,7 @@ def _new_record(run: _Run) -> dict[str, Any]:
         "status": "running",
         "started_at": _now(),
         "source": redacted(run.source),
+        "source_redacted": redacted(run.source) != run.source,
         "schema_version": schemas.SCHEMA_VERSION,
         "versions": _versions(),
         "config": {

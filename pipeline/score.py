@@ -13,7 +13,9 @@ Rows are independent: no shuffle, no barrier, and what a unit's row holds depend
 Units that share a reference pass through `score_pairs` instead, with the same ends.
 """
 
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -91,61 +93,61 @@ def run(
     addresses: where to read items, by item_id, whose URI in the plan had credentials taken out.
     """
     context = DataContext.get_current()
-    before = (context.checkpoint_config, context.execution_no_progress_timeout_s)
+    before = context.checkpoint_config
     context.checkpoint_config = _checkpoint(output)
-    context.execution_no_progress_timeout_s = config.no_progress_timeout_s
     rows = max(1, min(config.units_per_commit, n_units // (2 * shares.decode_tasks)))
     try:
-        units = ray.data.read_parquet(
-            plan_path,
-            filesystem=output.arrow_filesystem(),
-            columns=list(graph.columns),
-            num_cpus=shares.light_cpus,
-        )
-        if graph.gather is not None:
-            units = units.map_batches(
-                graph.gather,
+        with cluster.ended_when_stuck(config.no_progress_timeout_s):
+            units = ray.data.read_parquet(
+                plan_path,
+                filesystem=output.arrow_filesystem(),
+                columns=list(graph.columns),
+                num_cpus=shares.light_cpus,
+            )
+            if graph.gather is not None:
+                units = units.map_batches(
+                    graph.gather,
+                    batch_size=None,
+                    batch_format="pyarrow",
+                    num_cpus=shares.light_cpus,
+                    ray_remote_args_fn=cluster.bounded_retries,
+                )
+            units = units.repartition(target_num_rows_per_block=max(1, rows // graph.most_units))
+            outcomes = units.map_batches(
+                graph.decode,
+                fn_args=(
+                    config,
+                    run_id,
+                    addresses,
+                    commits.earlier_attempts(output, weights[0].card.name),
+                ),
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=shares.light_cpus,
+                compute=TaskPoolStrategy(size=shares.decode_tasks),
+                num_cpus=shares.decode_cpus,
                 ray_remote_args_fn=cluster.bounded_retries,
+            ).map_batches(
+                graph.score,
+                fn_constructor_args=(config, weights, shares, monitor),
+                batch_size=config.units_per_batch if shares.actor_gpus else None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(size=shares.score_actors),
+                ray_remote_args_fn=cluster.bounded_actor_retries,
+                **_actor_resources(shares),
             )
-        units = units.repartition(target_num_rows_per_block=max(1, rows // graph.most_units))
-        outcomes = units.map_batches(
-            graph.decode,
-            fn_args=(
-                config,
-                run_id,
-                addresses,
-                commits.earlier_attempts(output, weights[0].card.name),
-            ),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=shares.decode_tasks),
-            num_cpus=shares.decode_cpus,
-            ray_remote_args_fn=cluster.bounded_retries,
-        ).map_batches(
-            graph.score,
-            fn_constructor_args=(config, weights, shares, monitor),
-            batch_size=config.units_per_batch if shares.actor_gpus else None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=shares.score_actors),
-            ray_remote_args_fn=cluster.bounded_actor_retries,
-            **_actor_resources(shares),
-        )
-        outcomes.write_parquet(
-            output.path,
-            filesystem=output.arrow_filesystem(),
-            partition_cols=[_FOLDER],
-            partitioning_flavor=None,
-            mode="append",
-            schema=_written_schema(),
-            ray_remote_args={"num_cpus": shares.light_cpus},
-        )
+            outcomes.write_parquet(
+                output.path,
+                filesystem=output.arrow_filesystem(),
+                partition_cols=[_FOLDER],
+                partitioning_flavor=None,
+                mode="append",
+                schema=_written_schema(),
+                ray_remote_args={"num_cpus": shares.light_cpus},
+            )
     except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise cluster.run_error(error) from error
     finally:
-        context.checkpoint_config, context.execution_no_progress_timeout_s = before
+        context.checkpoint_config = before
 
 
 PLAN_COLUMNS = (
@@ -168,7 +170,7 @@ def _checkpoint(output: Output) -> CheckpointConfig:
 
 def _actor_resources(shares: cluster.Shares) -> dict[str, Any]:
     if shares.actor_gpus:
-        return {"num_gpus": shares.actor_gpus}
+        return {"num_gpus": shares.actor_gpus, "num_cpus": shares.actor_cpus}
     return {
         "num_cpus": shares.actor_cpus,
         "runtime_env": {"env_vars": environment.CPU_SCORER},
@@ -367,8 +369,9 @@ class ScoreUnits:
                 if scorer.sha256 != expected.sha256:
                     raise RunError(f"{expected.card.name} has other weights than on the driver.")
                 self._scorers.append(scorer)
-        except TopiqError as error:
-            self._refused = RunError(f"on node {socket.gethostname()}: {error}")
+        except Exception as error:  # a GPU that does not work is a RuntimeError of PyTorch's
+            said = str(error) if isinstance(error, TopiqError) else f"no scorer starts ({error!r})"
+            self._refused = RunError(f"on node {socket.gethostname()}: {said}")
         self.config = config
         self.monitor = monitor
 
@@ -431,6 +434,7 @@ class ScoreUnits:
         try:
             scores = finite(scorer.score(flat))
         except Exception as error:
+            leave_a_lost_gpu(error)
             if len(views) == 1:
                 return [as_media_error(error)]
             return [self._score_rows(scorer, [frames])[0] for frames in views]
@@ -469,6 +473,18 @@ def frames_of(batch: pa.Table, index: int) -> Iterator[Any]:
     widths, heights = batch["widths"][index].as_py(), batch["heights"][index].as_py()
     for blob, width, height in zip(blobs, widths, heights, strict=True):
         yield np.frombuffer(blob.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
+
+
+def leave_a_lost_gpu(error: Exception) -> None:
+    """End this process when its GPU has failed: no call would work in it any more.
+
+    Ray starts another one, which does the units again; they are not at fault.
+    """
+    import torch
+
+    if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
+        print(f"the GPU is lost, this scorer ends: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def as_media_error(error: Exception) -> MediaError:

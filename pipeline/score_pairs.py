@@ -163,15 +163,13 @@ class _Ladder:
         crop: str | None = None,
         **shape: Any,
     ) -> Frames:
-        """Frames of the item, or of its reference when `times` are given."""
+        """Frames of the item, or of its reference when `times` are given; all of one size."""
         config, timeout = self.config, self.config.decode_timeout_s
         wanted = unit["times_s"] if times is None else times
         weights = unit["weights_s"] if times is None else [1.0] * len(times)
         cut = unit["crop"] if times is None else crop
 
-        def attempt() -> Frames:
-            if times is None:
-                row["attempt"] += 1
+        def decoded(**shape: Any) -> Frames:
             if unit["kind"] == "image":
                 size = shape.get("size")
                 found = self.decoder.decode_image(
@@ -182,6 +180,15 @@ class _Ladder:
                 address, wanted, weights, config.max_pixels, 2 * config.unit_bytes, timeout,
                 config.policy, cut, planes=bool(config.measures), **shape,
             )  # fmt: skip
+
+        def attempt() -> Frames:
+            if times is None:
+                row["attempt"] += 1
+            found = decoded(**shape)
+            sizes = list(zip(found.widths, found.heights, strict=True))
+            if len(set(sizes)) > 1:  # it changes its size on the way
+                found = decoded(**shape | {"size": sizes[0], "form": found.form})
+            return found
 
         return persistently(attempt, config.attempts)
 
@@ -316,6 +323,7 @@ class ScorePairs(score.ScoreUnits):
                 return [score.finite(scorer.score_pairs(ours, theirs)) if ours else []]
             return self._score_by_reference(scorer, units)
         except Exception as error:
+            score.leave_a_lost_gpu(error)
             if len(units) == 1:
                 return [score.as_media_error(error)]
             return [self._score_ladder(scorer, [unit])[0] for unit in units]

@@ -43,10 +43,17 @@ class Stat:
 
 
 _URL = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)(?P<user>[^\s/@]*@)?(?P<rest>[^\s'\"<>)]*)")
-_SECRET_PARAMETER = re.compile(
-    r"(?P<name>[?&;](?:x-(?:amz|goog|oss|cos)-[^=&\s]*|[^=&\s]*(?:sig|signature|token|secret|password"
-    r"|credential|accesskeyid|accessid|policy|key|hmac|auth)[^=&\s]*|expires|s[eprtv]|hdn[a-z]*))"
-    r"=[^&;\s]*",
+_PARAMETER = re.compile(r"(?P<name>[?&;][^=&;\s]+)=(?P<value>[^&;\s]*)")
+# Of addresses that are signed for a time: S3, Google, Aliyun, Tencent, CloudFront, Azure, Akamai.
+_SIGNING = re.compile(
+    r"x-(?:amz|goog|oss|cos|ms)-.*|signature|sig|token|security-token|policy|expires|key-pair-id"
+    r"|(?:aws|oss)?accesskeyid|googleaccessid|s[eprtv]|spr|sip|sk(?:oid|tid|[tesv])|hdn[a-z]*",
+    re.IGNORECASE,
+)
+# A whole word in a name: `api_key` and `auth-token`, but not `keyframe` and `author`.
+_SECRET_WORD = re.compile(
+    r"(?:.*[-_.])?(?:secret|password|passwd|pwd|credentials?|api-?key|accesskey|key|hmac|auth"
+    r"|authorization|jwt|token|signature|sig)(?:[-_.].*)?",
     re.IGNORECASE,
 )
 
@@ -60,10 +67,27 @@ def redacted(text: str) -> str:
     """
 
     def clean(match: re.Match[str]) -> str:
-        rest = _SECRET_PARAMETER.sub(r"\g<name>=REDACTED", match["rest"])
-        return match["scheme"] + rest
+        return match["scheme"] + _PARAMETER.sub(_without_secret, match["rest"])
 
     return _URL.sub(clean, text).encode("utf-8", "backslashreplace").decode()
+
+
+def unsigned(address: str) -> str:
+    """An address without what signs it for a time: the same for the same object."""
+
+    def clean(match: re.Match[str]) -> str:
+        return "" if _SIGNING.fullmatch(match["name"][1:]) else match[0]
+
+    return _PARAMETER.sub(clean, address)
+
+
+def _without_secret(parameter: re.Match[str]) -> str:
+    name, value = parameter["name"][1:], parameter["value"]
+    # The key of an object, in a store that takes it as a parameter, is no secret.
+    path = name.lower().endswith("key") and any(mark in value for mark in "/.")
+    if _SIGNING.fullmatch(name) or (_SECRET_WORD.fullmatch(name) and not path):
+        return f"{parameter['name']}=REDACTED"
+    return parameter[0]
 
 
 def locate(url: str) -> tuple[Any, str]:
@@ -143,7 +167,9 @@ def open_media(url: str, places: int | None = None) -> Iterator[str | IO[bytes]]
         fs, path = locate(url)
         if isinstance(fs, LocalFileSystem):
             source: str | IO[bytes] = _local(path)
-        elif fs.size(path) <= most:
+        elif (size := fs.size(path)) is None:
+            source = io.BytesIO(_of_unknown_size(fs, path, url))
+        elif size <= most:
             source = io.BytesIO(fs.cat_file(path))
         else:
             source = fs.open(path, "rb", block_size=HEADER_BYTES, cache_type="readahead")
@@ -152,6 +178,18 @@ def open_media(url: str, places: int | None = None) -> Iterator[str | IO[bytes]]
     finally:
         if not isinstance(source, str):
             source.close()
+
+
+def _of_unknown_size(fs: Any, path: str, url: str) -> bytes:
+    """The whole object, of a server that does not say how long it is and sends no ranges."""
+    with fs.open(path, "rb") as stream:
+        data = bytes(stream.read(WHOLE_FETCH_BYTES + 1))
+    if len(data) > WHOLE_FETCH_BYTES:
+        raise StorageError(
+            f"{url}: the server does not say how large it is, and it is larger than the "
+            f"{WHOLE_FETCH_BYTES >> 20} MiB that are fetched then. Serve it with Content-Length."
+        )
+    return data
 
 
 def _local(path: str) -> str | IO[bytes]:

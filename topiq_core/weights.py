@@ -51,7 +51,7 @@ def resolve(model: str | Path, source: str | Path | None = None, verify: bool = 
         path = _fetch(str(source))
     elif path is None:
         path = _fetch_from_hub(card)
-    digest = _sha256(path)
+    digest = sha256_of(path)
     if verify and not digest.startswith(card.sha256):
         if "://" in str(source):
             path.unlink(missing_ok=True)  # a damaged transfer is fetched anew the next time
@@ -127,13 +127,18 @@ def save(net: "CFANet", card: Card, path: Path) -> None:
     partial.replace(path)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _fetch(source: str) -> Path:
-    """A local file for `source`; a remote one is copied to the cache once per address."""
+    """A local file for `source`. A remote one is kept in the cache until the store has another."""
     if "://" not in source:
         path = Path(source).expanduser()
         if not path.is_file():
@@ -141,8 +146,14 @@ def _fetch(source: str) -> Path:
         return path
     import fsspec
 
-    folder = cache_dir() / hashlib.sha256(source.encode()).hexdigest()[:16]
-    target = folder / Path(source.split("?")[0]).name
+    name, versions = Path(source.split("?")[0]).name, cache_dir() / _short_hash(source)
+    try:
+        fs, path = fsspec.core.url_to_fs(source)
+        folder = versions / _short_hash(str(fs.ukey(path)))
+    except Exception:  # the store cannot be asked now: what was fetched before will do
+        known = sorted(versions.glob("*"), key=lambda one: one.stat().st_mtime)
+        folder = known[-1] if known else versions / "unknown"
+    target = folder / name
     if target.is_file():
         return target
     folder.mkdir(parents=True, exist_ok=True)

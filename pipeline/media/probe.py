@@ -163,6 +163,9 @@ def _timeline(
     tick = float(stream.time_base or 1 / 90000)
     start = (stream.start_time or 0) * tick
     duration = _declared_duration(container, stream, tick)
+    if start > frame_interval(stream) and "matroska" in container.format.name:
+        # What Matroska declares is a length to some writers, and the end to others (FFmpeg).
+        duration = None if spec.needs_frame_times else _length_by_seeking(container, stream, start)
     indexed = max((e.timestamp for e in stream.index_entries), default=0) * tick
     if duration and indexed > start + duration:  # the header is wrong: frames lie beyond its end
         duration = indexed - start + frame_interval(stream)
@@ -174,6 +177,24 @@ def _timeline(
     if not duration or times[0] + duration < times[-1]:
         duration = end - times[0]
     return Timeline(times[0], duration, tuple(times), tuple(keys))
+
+
+def _length_by_seeking(
+    container: InputContainer, stream: VideoStream, start: float
+) -> float | None:
+    """Seconds from the start to the end of the last frame, from the packets after the last seek
+    point; None when there is no way to get there.
+    """
+    tick = float(stream.time_base or 1 / 90000)
+    beyond = start + (container.duration or 0) / av.time_base
+    try:
+        container.seek(int(beyond / tick), stream=stream)
+        packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
+        ends = [(p.pts + (p.duration or 0)) * tick for p in packets if p.pts is not None]
+        container.seek(0, stream=stream)
+    except (av.error.FFmpegError, OSError):
+        ends = []
+    return max(ends) - start if ends else None
 
 
 def _declared_duration(container: InputContainer, stream: VideoStream, tick: float) -> float | None:

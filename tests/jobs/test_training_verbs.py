@@ -105,6 +105,7 @@ def test_pairs_become_a_full_reference_model_with_its_accuracy(made, tmp_path, p
     assert card.architecture.mode == "fr"
     assert {"srocc", "plcc", "srocc_within_type", "ladder_srocc"} <= set(card.accuracy)
     assert (card.recipe["splits"], card.recipe["crop"], card.recipe["group"]) == (1, 64, 4)
+    assert card.recipe["start"].startswith("imagenet.pth ")
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"split0.pt", "final.pt"}
 
 

@@ -157,3 +157,25 @@ def test_any_manifest_keeps_each_item_once_with_its_columns(tmp_path, columns, p
     assert not any(schemas.is_reserved(field.name) for field in found.extras)
     values = list(rows[0].values())[len(catalog.COLUMNS) :]
     assert values == [given_rows[0][c] for c in columns]
+
+
+def test_items_that_differ_in_a_credential_alone_are_not_taken_for_one(tmp_path):
+    urls = ["https://h/get?file_key=1", "https://h/get?file_key=2"]
+    write_manifest(tmp_path / "a.csv", [{"uri": url} for url in urls])
+    with pytest.raises(CatalogError, match=r"get\?file_key=REDACTED.*credential"):
+        catalog.read(str(tmp_path / "a.csv"))
+    signed = [f"https://h/v.mp4?id=1&X-Amz-Signature={s}" for s in ("aa", "bb")]
+    write_manifest(tmp_path / "b.csv", [{"uri": url} for url in signed])
+    assert catalog.read(str(tmp_path / "b.csv")).duplicates == 1
+
+
+def test_columns_of_any_type_are_carried_along_or_refused_by_name(tmp_path):
+    half = pa.array([[0.5, 2.0], None], pa.list_(pa.float16()))
+    table = pa.table({"uri": ["a.mp4", "b.mp4"], "embedding": half})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (field,) = catalog.read(str(tmp_path / "a.parquet")).extras
+    assert field.type == pa.list_(pa.float32())
+    table = pa.table({"uri": ["a.mp4", "b.mp4"], "took": pa.array([None, 5], pa.duration("s"))})
+    pq.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(CatalogError, match=r"column took is of type duration\[s\]"):
+        catalog.read(str(tmp_path / "b.parquet"))

@@ -6,6 +6,12 @@ import sys
 from ipaddress import ip_address
 from pathlib import Path
 
+import pytest
+import ray
+
+from pipeline import cluster
+from pipeline.config import Config
+
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 from pipeline import cluster
@@ -35,3 +41,14 @@ def test_a_cluster_started_here_listens_on_loopback_only():
 def is_loopback(text):
     address = ip_address(text)
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "share"), [(2, 1, 0.5), (4, 1, 0.25), (8, 8, 1.0)])
+def test_scorers_on_gpus_leave_cpus_to_decode_with(monkeypatch, cpus, gpus, share):
+    """Ray's ledger is given: this is the arithmetic on it."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+    found = cluster.shares(Config(gpus_per_actor=share))
+    assert found.score_actors == gpus / share
+    left = cpus - found.score_actors * found.actor_cpus
+    assert left >= found.decode_cpus + found.light_cpus

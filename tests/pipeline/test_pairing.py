@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import catalog
 from pipeline.errors import ConfigError
 from pipeline.pairing import Pairing, References, pair_by_key, path_key, pattern_key
 
@@ -40,18 +41,25 @@ def test_a_pattern_gathers_the_renditions_of_a_title(titles, seed):
         assert pair.reference == f"/masters/{title}_master.mov"
 
 
-@pytest.mark.parametrize("source", ["/out", "/out/*.mp4", "/out/show/?.mp4", "/out/show"])
-def test_paths_count_from_the_folder_that_a_source_names(source):
-    item = "/out/show/a.mp4"
-    base = source.split("*")[0].split("?")[0].rstrip("/")
-    reference = "/ref" + item.removeprefix(base).replace(".mp4", ".mov")
-    (pair,) = References(root="/ref").pair([item], [reference, "/ref/b.mov"], source)
-    assert pair.reference == reference
-
-
-def test_one_file_pairs_with_the_file_of_its_name():
-    (pair,) = References(root="/ref").pair(["/out/a.mp4"], ["/ref/a.mov"], "/out/a.mp4")
-    assert pair.reference == "/ref/a.mov"
+@pytest.mark.parametrize(
+    ("source", "reference"),
+    [
+        ("out [x]", "show/a.mov"),
+        ("out [x]/list.csv", "show/a.mov"),
+        ("out [x]/show", "a.mov"),
+        ("out [x]/show/a.mp4", "a.mov"),
+        ("o*/show/a.mp4", "out [x]/show/a.mov"),
+    ],
+)
+def test_paths_count_from_the_folder_that_a_source_names(tmp_path, source, reference):
+    for name in ("out [x]/show/a.mp4", f"ref/{reference}", "ref/other.mov"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "out [x]/list.csv").write_text("uri\nshow/a.mp4\n")
+    found = catalog.read_pairs(str(tmp_path / source), References(root=str(tmp_path / "ref")))
+    pairs = dict(zip(*(found.table[c].to_pylist() for c in ("uri", "reference_uri")), strict=True))
+    item = str(tmp_path / "out [x]/show/a.mp4")
+    assert pairs[item] == str(tmp_path / "ref" / reference)
 
 
 def test_options_that_contradict_each_other_are_refused():

@@ -3,9 +3,11 @@
 import functools
 import http.server
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
+import socket
 import threading
 from contextlib import contextmanager, suppress
 
@@ -13,17 +15,19 @@ import av
 import duckdb
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from jobs.sample_media import encode, landscape, pan
-from pipeline import aggregate, run, schemas
+from pipeline import aggregate, catalog, cluster, plan, run, schemas, score
 from pipeline.config import Config
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
 from pipeline.output import Output
 from pipeline.pooling import DEFAULT_POOLING
-from topiq_core import cards
+from topiq_core import cards, weights
 
 MODEL = "cfanet_lite_nr"
 
@@ -255,12 +259,17 @@ def test_new_and_changed_files_are_scored_and_the_rest_is_not(tmp_path, clips):
     before = {name_of(r): r["score"] for r in rows(tmp_path / "out", "scores")}
     encode(folder / "h264.mp4", pan(64, 96, 20, seed=9))
     shutil.copy(clips["av1.mp4"], folder)
-    summary, _ = score_into(folder, tmp_path / "out", sample="uniform:2")
+    summary, events = score_into(folder, tmp_path / "out", sample="uniform:2")
     after = {name_of(r): r["score"] for r in rows(tmp_path / "out", "scores")}
     assert summary.frames_scored == 4
     assert set(after) == {"h264.mp4", "vp9.webm", "av1.mp4"}
     assert after["vp9.webm"] == before["vp9.webm"]
     assert after["h264.mp4"] != before["h264.mp4"]
+    assert dict(events.events)["planned"]["gone"] == 0
+    (folder / "vp9.webm").unlink()
+    summary, events = score_into(folder, tmp_path / "out", sample="uniform:2")
+    assert (summary.frames_scored, dict(events.events)["planned"]["gone"]) == (0, 1)
+    assert {name_of(r) for r in rows(tmp_path / "out", "scores")} == {"h264.mp4", "av1.mp4"}
 
 
 def test_other_sampling_replaces_scores_without_mixing(tmp_path, clips):
@@ -356,6 +365,57 @@ def test_a_gpu_that_is_not_there_is_an_error_not_a_slow_night(tmp_path, clips):
         score_into(clips["h264.mp4"], tmp_path / "out", device="cuda")
 
 
+@pytest.mark.parametrize("option", [{"measures": ("psnr",)}, {"align": "auto"}])
+def test_what_needs_a_reference_is_refused_for_a_model_that_takes_none(tmp_path, clips, option):
+    with pytest.raises(ConfigError, match=f"{MODEL} takes no reference"):
+        score_into(clips["h264.mp4"], tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_model_would_enlarge_over_the_limit_is_too_large(tmp_path):
+    Image.new("RGB", (8000, 32)).save(tmp_path / "strip.png")
+    table = catalog.read(str(tmp_path / "strip.png")).table
+    for name in schemas.STATS:
+        table = table.append_column(f"known_{name}", pa.nulls(1))
+    for sides, code in (((), None), ((384,), "too_large")):
+        planner = plan._Planner(Config(), MODEL, "", False, sides)
+        assert planner(table, schemas.PLAN)["code"].to_pylist() == [code]
+
+
+def a_scorer(gpus):
+    shares = cluster.Shares(1, 1.0, 1, 1.0, gpus, 1, 0.25)
+    return score.ScoreUnits(Config(), [weights.resolve(MODEL)], shares, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU works here")
+def test_a_gpu_that_does_not_work_is_the_reason_that_a_scorer_gives():
+    with pytest.raises(
+        RunError, match=rf"on node {socket.gethostname()}: no scorer starts.*(CUDA|NVIDIA)"
+    ):
+        _ = a_scorer(1.0).scorers
+
+
+class LostGPU:
+    """A scorer's network after its GPU has failed."""
+
+    def score(self, _):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def score_on_a_lost_gpu():
+    try:
+        a_scorer(0.0)._score_rows(LostGPU(), [[np.zeros((64, 64, 3), np.uint8)]])
+    finally:
+        os._exit(7)
+
+
+def test_a_scorer_whose_gpu_is_lost_ends_instead_of_failing_units():
+    process = multiprocessing.get_context("spawn").Process(target=score_on_a_lost_gpu)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+
+
 def test_models_live_side_by_side_in_one_output(tmp_path, clips):
     from topiq_core import cards, weights
     from topiq_core.cfanet import CFANet
@@ -392,7 +452,7 @@ def test_a_half_written_file_of_a_killed_run_is_cleaned_up(tmp_path, clips):
     assert not [p for p in out.rglob("*") if "pending" in p.name]
 
 
-def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips):
+def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips, monkeypatch):
     folder, out = tmp_path / "catalog", tmp_path / "out"
     folder.mkdir()
     shutil.copy(clips["h264.mp4"], folder)
@@ -405,8 +465,10 @@ def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips):
         os.utime(broken, ns=(state.st_atime_ns, state.st_mtime_ns))
 
     put(whole[:400] + bytes(len(whole) - 400))
-    first, _ = score_into(folder, out, sample="uniform:2")
+    monkeypatch.chdir(tmp_path)
+    first, _ = score_into(folder.name, out, sample="uniform:2")
     assert (first.scored, first.failed_by_code) == (1, {"decode_error": 1})
+    monkeypatch.chdir("/")  # what is tried again is the folder that was meant
     put(whole)
     again, _ = score_into(folder, out, sample="uniform:2")
     assert (again.frames_scored, again.failed) == (0, 1)
@@ -438,11 +500,13 @@ def test_credentials_of_signed_addresses_are_nowhere_in_what_a_run_leaves(tmp_pa
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         names = ("h264.mp4", "vp9.webm", "gone.mp4")
-        lines = [f"{base}/{name}?v=1&X-Amz-Signature={secret}" for name in names]
-        (tmp_path / "list.csv").write_text("\n".join(["uri", *lines]) + "\n")
+        lines = [f"{base}/{name}?v=1&X-Amz-Signature={secret},ref.mp4" for name in names]
+        (tmp_path / "list.csv").write_text("\n".join(["uri,reference_uri", *lines]) + "\n")
         summary, events = score_into(tmp_path / "list.csv", tmp_path / "out", sample="uniform:1")
         server.shutdown()
     assert (summary.scored, summary.failed_by_code) == (2, {"not_found": 1})
+    (failed,) = rows(tmp_path / "out", "failures")
+    assert "ref.mp4" not in failed["replay"]  # the model takes none
     assert {r["uri"] for r in rows(tmp_path / "out", "scores")} == {
         f"{base}/{name}?v=1&X-Amz-Signature=REDACTED" for name in names[:2]
     }

@@ -234,6 +234,24 @@ def test_either_side_can_give_the_size(catalog, model, tmp_path, scale_to):
     assert row["psnr_y"] > 20
 
 
+@pytest.mark.parametrize("scale_to", ["reference", "distorted"])
+def test_a_stream_that_changes_its_size_is_brought_to_the_first_one(model, tmp_path, scale_to):
+    small = [np.asarray(Image.fromarray(f).resize((128, 96))) for f in FRAMES]
+    parts = [
+        encode(tmp_path / f"{start}.ts", frames, times_s=[start + i / 25 for i in range(25)])
+        for start, frames in enumerate((FRAMES[:25], small[25:]))
+    ]
+    for name in ("ref.ts", "dis.ts"):
+        (tmp_path / name).write_bytes(b"".join(part.read_bytes() for part in parts))
+    summary = score(
+        tmp_path / "dis.ts", tmp_path / "out", model=model, reference=str(tmp_path / "ref.ts"),
+        sample="uniform:4", measures=("psnr",), scale_to=scale_to,
+    )  # fmt: skip
+    assert (summary.scored, summary.frames) == (1, 4)
+    (row,) = rows(tmp_path / "out", "frame_scores")
+    assert row["psnr_y"] == [60, 60, 60, 60]  # the cap: the same pictures on both sides
+
+
 def test_a_model_that_compares_asks_for_references(catalog, model, tmp_path):
     with pytest.raises(CatalogError, match="reference_uri"):
         score(catalog / "out", tmp_path / "out", model=model)

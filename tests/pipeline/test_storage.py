@@ -1,11 +1,13 @@
+import http.server
 import resource
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.errors import AccessDenied, NotFound, OutputError
+from pipeline.errors import AccessDenied, NotFound, OutputError, StorageError
 from pipeline.output import Output
 from pipeline.storage import redacted
 
@@ -100,6 +102,7 @@ SIGNED = [
     ("https://storage.googleapis.com/b/v.mp4?X-Goog-Signature=s3cr3t&GoogleAccessId=me", "s3cr3t"),
     ("https://user:hunter2@host/v.mp4", "hunter2", "user"),
     ("ftp://hunter2@host/v.mp4", "hunter2"),
+    ("https://host/v.mp4?api_key=k3y&client-secret=s3cr3t&auth=a6", "k3y", "s3cr3t", "a6"),
     ("https://cdn/v.mp4?Policy=p0l&Key-Pair-Id=KPI7&token=t0k", "p0l", "KPI7", "t0k"),
 ]
 
@@ -119,6 +122,7 @@ def test_credentials_in_addresses_are_taken_out_also_inside_of_messages(address)
         "/data/what?token=1.mp4",
         "s3://bucket/key=5/v.mp4",
         "https://host/v?id=5&page=2",
+        "https://host/get?key=photos/1.jpg&author=me&keyframe=7&design=x",
         "plain text",
     ],
 )
@@ -130,3 +134,46 @@ def test_an_address_signed_anew_is_the_same_item():
     first = redacted("https://h/v.mp4?id=7&X-Amz-Date=1&X-Amz-Signature=aa")
     assert first == redacted("https://h/v.mp4?id=7&X-Amz-Date=2&X-Amz-Signature=bb")
     assert first != redacted("https://h/v.mp4?id=8&X-Amz-Date=1&X-Amz-Signature=aa")
+
+
+class Chunked(http.server.BaseHTTPRequestHandler):
+    """Sends a file in chunks, without saying how long it is."""
+
+    body = b""
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        for start in range(0, len(self.body), 1000):
+            part = self.body[start : start + 1000]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_object_whose_server_does_not_tell_its_size_is_read_whole(clips, monkeypatch):
+    body = clips["h264.mp4"].read_bytes()
+    serve = type("Serve", (Chunked,), {"body": body})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.mp4"
+        with storage.open_media(url) as file:
+            assert file.read() == body
+        monkeypatch.setattr(storage, "WHOLE_FETCH_BYTES", 1 << 10)
+        with pytest.raises(StorageError, match="Content-Length"), storage.open_media(url):
+            pass
+        server.shutdown()
+
+
+def test_files_are_found_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    output = Output(str(tmp_path / "out[1] *"))
+    output.write_text("{}", "runs", "a.json")
+    assert output.files("*.json", "runs") == [str(tmp_path / "out[1] *" / "runs/a.json")]
+    assert output.files("*.json", "absent") == []

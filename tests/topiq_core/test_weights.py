@@ -108,6 +108,15 @@ def test_a_remote_file_is_fetched_once_and_kept_in_the_cache(cache, remote):
     assert files_below(cache) == [found.path]
 
 
+def test_a_remote_file_that_was_replaced_is_fetched_anew(cache, remote):
+    first = weights.resolve("topiq_nr", remote, verify=False)
+    fsspec.filesystem("memory").pipe("/topiq-test/remote.pth", b"second")
+    second = weights.resolve("topiq_nr", remote, verify=False)
+    assert second.path.read_bytes() == b"second"
+    assert second.sha256 != first.sha256
+    assert set(files_below(cache)) == {first.path, second.path}
+
+
 def test_two_addresses_with_one_file_name_do_not_share_a_cached_file(cache, remote):
     fsspec.filesystem("memory").pipe("/topiq-test/other/remote.pth", b"second")
     other = "memory://topiq-test/other/remote.pth"

@@ -76,7 +76,7 @@ class Recipe:
     workers: int = 1
     """Processes that train together, each on batches of its own."""
     start: str = ""
-    """The model that the training goes on from, by name and hash; none: from the backbone."""
+    """What the training goes on from, a model or a backbone, by name and hash."""
 
 
 FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
@@ -148,6 +148,7 @@ def fit(
             asdict(architecture),
             asdict(recipe),
             [(r.path.name, r.mos) for r in [*ratings, *beside]],
+            [r.votes for r in ratings if isinstance(r, Rating) and r.votes],
             [r.path.name for r in watched],
         ]
     )

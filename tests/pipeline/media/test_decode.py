@@ -188,3 +188,17 @@ def test_a_sample_far_into_a_long_file_is_the_exact_frame(tmp_path, name):
     assert [s.pts_s for s in sparse.shots] == pytest.approx(far)
     for shot in sparse.shots:
         assert np.array_equal(shot.rgb, whole[shot.pts_s])
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+@pytest.mark.parametrize("spec", ["uniform:8", "all"])
+def test_a_video_that_begins_late_is_as_long_as_its_frames(tmp_path, name, spec):
+    times = [10 + i / 25 for i in range(60)]
+    path = encode(tmp_path / name, pan(64, 96, 60), times_s=times)
+    found = probe(str(path), SampleSpec.parse(spec), PIXELS)
+    assert found.facts.duration_s == pytest.approx(2.4, abs=0.01)
+    samples = plan_samples(SampleSpec.parse(spec), found.timeline)
+    shots = decode_at(str(path), samples.times, samples.weights, LIMITS)
+    assert shots.problem is None
+    assert len(shots.shots) == len(samples.times)
+    assert sum(samples.weights) == pytest.approx(2.4, abs=0.01)
