@@ -172,8 +172,18 @@ def local_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def shares(config: Config) -> Shares:
-    """Divide the cluster between decoding and scoring. Raises RunError when it has too little."""
+# What a scorer on a CPU holds: itself with its model, and for each pixel of a frame. Scorers may
+# take so much of the memory that Ray has to give.
+_SCORER_BYTES, _SCORER_BYTES_A_PIXEL, _SCORERS_SHARE = 1 << 30, 300, 0.7
+
+
+def shares(config: Config, largest_pixels: int | None = None) -> Shares:
+    """Divide the cluster between decoding and scoring. Raises RunError when it has too little.
+
+    largest_pixels: of a frame, when it is known; without it a frame may have `max_pixels`. On CPUs
+    as many scorers of one thread as have room in memory are a quarter faster than one with two
+    threads; of large frames there is room for fewer, with more threads each.
+    """
     have: dict[str, Any] = ray.cluster_resources()
     booked = int(have.get("CPU", 0))
     gpus = float(have.get("GPU", 0))
@@ -190,8 +200,10 @@ def shares(config: Config) -> Shares:
         # One CPU each, but not the last ones: without decoders, scorers wait for ever.
         actor_cpus, threads = 0.25 if small else min(1.0, (booked - 2) / actors), 1
     else:
-        actors = config.score_actors or max(1, cpus // 4)
-        threads = max(1, cpus // actors) if cpus < 8 else 4
+        each = _SCORER_BYTES + _SCORER_BYTES_A_PIXEL * (largest_pixels or config.max_pixels)
+        room = int(_SCORERS_SHARE * float(have.get("memory", 0)) / each)
+        actors = config.score_actors or min(cpus, max(1, cpus // 4, room))
+        threads = min(4, max(1, cpus // actors)) if cpus >= 8 else max(1, cpus // actors)
         # Bookings must fit on one node, and leave room for a decoder beside the actor.
         largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         actor_cpus = 0.25 if small else min(float(threads), (booked - 3) / actors, largest / 2)

@@ -187,7 +187,8 @@ class Config(BaseModel):
     score_actors: int = Field(
         default=0,
         ge=0,
-        description="Scorers; 0 means one per GPU share, or without GPUs one per 4 CPUs.",
+        description="Scorers; 0 means one per GPU share, or without GPUs as many of one thread as "
+        "the CPUs and the memory allow for the largest frame of the plan, at least one per 4 CPUs.",
     )
     gpus_per_actor: float = Field(
         default=1.0,

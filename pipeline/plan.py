@@ -54,7 +54,9 @@ _SIGNATURE = b"topiq_plan_signature"
 
 @dataclass
 class PlanCounts:
-    """What a plan holds. gone: items of the plan before it that are in the catalog no more."""
+    """What a plan holds. gone: items of the plan before it that are in the catalog no more;
+    largest_pixels: of a frame.
+    """
 
     items: int = 0
     units: int = 0
@@ -64,6 +66,7 @@ class PlanCounts:
     skipped: int = 0
     duplicates: int = 0
     gone: int = 0
+    largest_pixels: int = 0
 
 
 def table_path(model: str) -> tuple[str, str]:
@@ -314,9 +317,10 @@ def _count(counts: PlanCounts, table: pa.Table) -> None:
         if row["code"] is not None:
             counts.failed_items += 1
             continue
-        frames = len(row["times_s"])
+        frames, pixels = len(row["times_s"]), row["coded_width"] * row["coded_height"]
         counts.frames += frames
-        counts.pixels += frames * row["coded_width"] * row["coded_height"]
+        counts.pixels += frames * pixels
+        counts.largest_pixels = max(counts.largest_pixels, pixels)
 
 
 @dataclass(frozen=True)

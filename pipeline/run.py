@@ -108,9 +108,11 @@ def _run_steps(run: _Run) -> Summary:
     _write_record(run.output, record)
     try:
         cluster.connect(run.config)
-        shares = cluster.shares(run.config)
+        seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config)))
+        # Frames are brought to the size of references, which the plan does not have.
+        largest = None if run.compares else planned.largest_pixels
+        shares = cluster.shares(run.config, largest)
         record["cluster"] = asdict(shares)
-        seconds, planned = _timed(lambda: _plan(run, shares))
         record["plan"] = asdict(planned) | {"seconds": seconds}
         event("planned", **record["plan"])
         for uri, code, message in aggregate.planning_failures(run.output, run.model):

@@ -43,6 +43,31 @@ def is_loopback(text):
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+@pytest.mark.parametrize(
+    ("cpus", "memory_gb", "pixels", "scorers", "threads"),
+    [
+        (2, 16, 1280 * 720, 2, 1),
+        (2, 16, 25_000_000, 1, 2),
+        (2, 3, 1920 * 1080, 1, 2),
+        (16, 64, 1920 * 1080, 16, 1),
+        (16, 64, None, 5, 3),
+        (16, 4, 25_000_000, 4, 4),
+    ],
+)
+def test_scorers_on_cpus_are_as_many_as_have_room_for_a_frame(
+    monkeypatch, cpus, memory_gb, pixels, scorers, threads
+):
+    """Ray's ledger is given: this is the arithmetic on it."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "memory": memory_gb << 30})
+    node = {"Alive": True, "Resources": {"CPU": cpus}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    found = cluster.shares(Config(), pixels)
+    assert (found.score_actors, found.threads) == (scorers, threads)
+    booked = scorers * found.actor_cpus
+    assert booked + found.decode_cpus + found.light_cpus <= cpus
+
+
 @pytest.mark.parametrize(("cpus", "gpus", "share"), [(2, 1, 0.5), (4, 1, 0.25), (8, 8, 1.0)])
 def test_scorers_on_gpus_leave_cpus_to_decode_with(monkeypatch, cpus, gpus, share):
     """Ray's ledger is given: this is the arithmetic on it."""
