@@ -126,7 +126,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--model", default="cfanet_lite_nr")
     parser.add_argument("--weights")

@@ -35,7 +35,6 @@ class Settings:
     coded: int = 4
     compressed: int = 2
     others: int = 4
-    calm: bool = False
 
 
 def distort(
@@ -46,9 +45,6 @@ def distort(
     coded: Annotated[int, typer.Option(help="Video-coding types for each crop.")] = 4,
     compressed: Annotated[int, typer.Option(help="Picture-coding types for each crop.")] = 2,
     others: Annotated[int, typer.Option(help="Other types for each crop.")] = 4,
-    calm: Annotated[
-        bool, typer.Option("--calm", help="Of a large photo a crop with little detail besides.")
-    ] = False,
     best: Annotated[int, typer.Option(help="Of a CSV: so many photos of the highest MOS.")] = 40,
     processes: Annotated[int, typer.Option(help="Pictures made side by side.")] = 2,
 ) -> None:
@@ -59,7 +55,7 @@ def distort(
     """
     from topiq_core.errors import TopiqError
 
-    settings = Settings(seed, side, coded, compressed, others, calm)
+    settings = Settings(seed, side, coded, compressed, others)
     files = _files(photos, best)
     if not files:
         raise TopiqError("no photos there. Name pictures, a folder of them, or a CSV.")
@@ -139,7 +135,7 @@ def _rows(photo: Path, folder: Path, settings: Settings) -> Iterator[dict[str, A
     entropy = int.from_bytes(hashlib.sha256(photo.name.encode()).digest()[:8])
     rng = np.random.Generator(np.random.PCG64([settings.seed, entropy]))
     whole = np.ascontiguousarray(read_rgb(photo).permute(1, 2, 0).numpy())
-    for number, reference in enumerate(_crops(whole, settings, rng)):
+    for number, reference in enumerate(_crops(whole, settings.side, rng)):
         original = f"{number}-reference"
         picture = written(reference, original)
         row = {"uri": original, "reference_uri": original, "source": folder.name}
@@ -169,48 +165,37 @@ def _rows(photo: Path, folder: Path, settings: Settings) -> Iterator[dict[str, A
                 yield {**row, "uri": uri, "type": kind, "level": level, "metrics": metrics}
 
 
-def _crops(whole: "RGB", settings: Settings, rng: "np.random.Generator") -> Iterator["RGB"]:
-    """Squares of a photo: of much of it, shrunken; and of a large one a closer look besides.
-
-    A clear sky shows few distortions, so they are where most detail is; the calm one, which comes
-    last, is where least is: what is smooth by nature must be told from what was blurred.
-    """
+def _crops(whole: "RGB", side: int, rng: "np.random.Generator") -> Iterator["RGB"]:
+    """Squares of a photo: of much of it, shrunken; and of a large one a closer look besides."""
     from PIL import Image
 
     from topiq_core.training.distortions import resized
 
-    side = settings.side
     height, width = whole.shape[:2]
     shorter = min(height, width)
-    wide, close = (side, 1.5 * side), (2 * side, 3 * side)
-    kinds = [(wide, max)]
+    ranges = [(side, 1.5 * side)]
     if shorter >= _LARGE_SIDE:
-        kinds += [(close, max), (close, min)] if settings.calm else [(close, max)]
-    for (low, high), most in kinds:
+        ranges.append((2 * side, 3 * side))
+    for low, high in ranges:
         target = rng.uniform(low, max(low, min(high, shorter)))
         factor = target / shorter
         size = (max(side, round(width * factor)), max(side, round(height * factor)))
-        squares = _squares(resized(whole, *size, Image.Resampling.LANCZOS), side, rng)
-        yield most(squares, key=_detail)
+        shrunken = resized(whole, *size, Image.Resampling.LANCZOS)
+        yield _busiest(shrunken, side, rng)
 
 
-def _squares(image: "RGB", side: int, rng: "np.random.Generator") -> list["RGB"]:
-    """Three at random."""
+def _busiest(image: "RGB", side: int, rng: "np.random.Generator") -> "RGB":
+    """Of three random squares the one with most detail: a clear sky shows few distortions."""
     import numpy as np
 
     height, width = image.shape[:2]
     squares = []
     for _ in range(3):
         top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-        squares.append(np.ascontiguousarray(image[top : top + side, left : left + side]))
-    return squares
-
-
-def _detail(image: "RGB") -> float:
-    """Mean absolute difference of neighbours, in steps of 8 bits."""
-    import numpy as np
-
-    return float(np.abs(np.diff(image.astype(float), axis=1)).mean())
+        squares.append(image[top : top + side, left : left + side])
+    return np.ascontiguousarray(
+        max(squares, key=lambda square: float(np.abs(np.diff(square.astype(float), axis=1)).mean()))
+    )
 
 
 def _write_csv(output: Path, rows: Sequence[dict[str, Any]]) -> None:

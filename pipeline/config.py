@@ -124,7 +124,7 @@ class Config(BaseModel):
         default=25_000_000,
         gt=0,
         description="Largest picture accepted, in pixels; larger ones fail as `too_large`. This "
-        "bounds the memory of a scorer on a CPU (280 MB a megapixel in a long run) and its time, "
+        "bounds the memory of a scorer on a CPU (200 MB a megapixel) and its time, "
         "which grows with the square of large pictures.",
     )
     max_duration_s: float = Field(

@@ -66,6 +66,12 @@ class InferenceNet(nn.Module):
         self.net = net.eval().requires_grad_(False)
         self.map_type = MAP_TYPES[precision]
         stages = net.semantic_model.stages()
+        # ResNet's pooling is run by itself: its small result then stands for the finest map, which
+        # would be held besides the next one. In 8 bits maps are small enough.
+        self.pool: nn.Module | None = None
+        if isinstance(stages[1][0], nn.MaxPool2d) and precision != "int8":
+            self.pool, stages[1] = stages[1][0], stages[1][1:]
+        self.strides = [1 if level == 1 and self.pool else 2 for level in range(LEVELS)]
         self.margins = [_margin(stage) for stage in stages]
         self.stages = nn.ModuleList(_fused(stage) for stage in stages)
         self.exact_start = net.semantic_model.exact_start and precision in ("bf16", "int8")
@@ -79,6 +85,9 @@ class InferenceNet(nn.Module):
         self.reduce = nn.ModuleList(
             FusedConv.of(next(r.children()), None, "gelu") for r in net.dim_reduce
         )
+        self.channels = tuple(net.semantic_model.channels)
+        # What maps are kept in, where that is known before there is one.
+        self.stored = None if precision == "int8" else self.map_type
         del net.semantic_model, net.weight_pool, net.dim_reduce
         self.strips = strips
         self._positions: dict[tuple[int, int], Tensor] = {}
@@ -108,6 +117,8 @@ class InferenceNet(nn.Module):
         positions = self._strips_on(image).stage
         x = image
         for level in range(LEVELS):
+            if level == 1 and self.pool is not None:
+                x = self.pool(x)
             x = self._stage(level, x, positions)
             yield x
 
@@ -123,24 +134,30 @@ class InferenceNet(nn.Module):
         return self.net.tokens(level, x, self._positions[height, width])
 
     def _stage(self, level: int, x: Tensor, positions: int) -> Tensor:
-        """Run one backbone stage, which halves both sides, in strips."""
-        margin = self.margins[level]
+        """Run one backbone stage in strips."""
+        margin, stride = self.margins[level], self.strides[level]
+        n, _, height, width = x.shape
+        size = n, self.channels[level], -(-height // stride), -(-width // stride)
+        strips = list(_strips(x, positions * stride**2 // 4, 4 * margin))
         whole: Tensor | None = None
-        for start, end in _strips(x, positions, 4 * margin):
+        if len(strips) > 1 and self.stored is not None:
+            # Filled strip by strip: joining strips at the end would hold them twice. Taken before
+            # any strip is: where a finer map was, there may be just as much room.
+            whole = torch.empty(
+                size, dtype=self.stored, device=x.device, memory_format=torch.channels_last
+            )
+        for start, end in strips:
             top = max(0, start - margin)
             part = x[:, :, top : end + margin]
             out: Tensor = self.stages[level](self.entry(part) if level == 0 else part)
-            out = out[:, :, (start - top) // 2 : (end + 1 - top) // 2]
-            if end - start == x.shape[2]:
+            out = out[:, :, (start - top) // stride : -((top - end) // stride)]
+            if len(strips) == 1:
                 return out
             if whole is None:
-                n, channels, _, width = out.shape
-                size = (n, channels, (x.shape[2] + 1) // 2, width)
-                # Filled strip by strip: joining strips at the end would hold them twice.
                 whole = torch.empty(
                     size, dtype=out.dtype, device=out.device, memory_format=torch.channels_last
                 )
-            whole[:, :, start // 2 : (end + 1) // 2] = out
+            whole[:, :, start // stride : -(-end // stride)] = out
         assert whole is not None
         return whole
 
@@ -315,7 +332,7 @@ def _coarsest_grid(height: int, width: int) -> tuple[int, int]:
 def _strips(x: Tensor, positions: int, least: int) -> Iterator[tuple[int, int]]:
     """First row and end of each strip of a map [N,C,h,w].
 
-    They begin at even rows, as the stages have stride 2, and are never so low that the margins
+    They begin at even rows, as stages have stride 2, and are never so low that the margins
     would dominate.
     """
     n, _, height, width = x.shape
