@@ -28,6 +28,14 @@ _PATIENCE = 4
 _SETTLE_S = 0.5
 
 
+class _Lost(BaseException):
+    """Ends the main thread's work, which no `except Exception` on the way may keep from ending."""
+
+
+def _end(*_: object) -> None:
+    raise _Lost
+
+
 class _Lease:
     def __init__(self, output: Output, run_id: str) -> None:
         self.output = output
@@ -91,7 +99,7 @@ class _Lease:
                 if not self.is_ours():
                     self.lost = True
                     if self.ends_main:
-                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                     return
                 self.write()
 
@@ -106,16 +114,19 @@ def held(output: Output, run_id: str) -> Iterator[None]:
     lease = _Lease(output, run_id)
     lease.take()
     output.remove_partials()
+    before = signal.signal(signal.SIGUSR1, _end) if lease.ends_main else None
     thread = threading.Thread(target=lease.keep, daemon=True)
     thread.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not lease.lost:
-            raise
+    except _Lost:
+        pass
     finally:
-        lease.released.set()
-        thread.join()
+        with contextlib.suppress(_Lost):
+            lease.released.set()
+            thread.join()
+        if lease.ends_main:
+            signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
         if not lease.lost:
             with contextlib.suppress(FileNotFoundError):
                 output.fs.rm_file(output.inside(FILE))
