@@ -176,8 +176,8 @@ def train(
     else:
         rated = read_ratings(ratings, (mos_low, 100.0 if mos_high is None else mos_high))
         outputs = len(rated[0].votes) if loss is Loss.EMD else 1
-    gate_dim = 32 if mode is Mode.FR else 16
-    architecture = Architecture(mode.value, "mobilenet_v2", 128, 4, gate_dim, outputs)
+    gate_dim, heads = (32, 4) if mode is Mode.FR else (16, 2)
+    architecture = Architecture(mode.value, "mobilenet_v2", 128, heads, gate_dim, outputs)
     if (backbone is None) == (start is None):
         raise typer.BadParameter("give either --backbone, or --start with a model to go on from.")
     origin: Path | Weights

@@ -4,11 +4,13 @@ Each backbone keeps torchvision's own parameter names, so that a checkpoint's `s
 entries are those of the torchvision model without its classifier.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 
 def _freeze_batch_norm(module: nn.Module) -> None:
@@ -78,16 +80,67 @@ class MobileNetV2Pyramid(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised image [N,3,H,W] to five maps [N,C_l,H/2^(l+1),W/2^(l+1)]."""
-        return _run(self.stages(), x)
+        return _run(self.stages(), x, _learning if self.training else nn.Module.__call__)
 
 
-def _run(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+def _run(
+    stages: Iterable[nn.Module],
+    x: Tensor,
+    through: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+) -> list[Tensor]:
     """The map after each stage, in turn."""
     maps = []
     for stage in stages:
-        x = stage(x)
+        x = through(stage, x)
         maps.append(x)
     return maps
+
+
+def _learning(part: nn.Module, x: Tensor) -> Tensor:
+    """Run a part of MobileNetV2: as it is, but a fifth faster in training.
+
+    Its norms never learn, so each is a factor and a shift of the convolution before it, and no
+    pass over the map of its own.
+    """
+    match part:
+        case InvertedResidual():
+            out = _learning(part.conv, x)
+            return x + out if part.use_res_connect else out
+        case nn.Sequential():
+            parts = iter(part)
+            for inner in parts:
+                if isinstance(inner, nn.Conv2d):
+                    x = _normed(inner, next(parts), x)
+                else:
+                    x = _learning(inner, x)
+            return x
+        case nn.ReLU6():
+            return F.relu6(x)  # in place, a view's gradient would take a copy
+    raise TypeError(f"not a part of MobileNetV2: {part}")
+
+
+def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """A convolution without bias, and the frozen norm after it."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight = conv.weight * factor.view(-1, 1, 1, 1)
+    bias = norm.bias - norm.running_mean * factor
+    if conv.kernel_size == (1, 1):
+        return pointwise(x, weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution [N,C,h,w] -> [N,K,h,w], weight [K,C,1,1], for training.
+
+    In channels-last memory as a matrix product: on one thread, and of fewer than 16 images,
+    PyTorch's convolutions take twice as long there and back.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias)
 
 
 Pyramid = ResNet50Pyramid | MobileNetV2Pyramid

@@ -22,12 +22,25 @@ LEVELS = 5
 POSITION_GRID = 32
 
 
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,C,h,w] -> [N,K,h,w]."""
+        if self.training:
+            return backbones.pointwise(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class GatedPoolingNR(nn.Module):
     """No-reference gate (section III-B): one half of the features decides what counts."""
 
     def __init__(self, channels: int, gate_dim: int) -> None:
         super().__init__()
-        self.splitconv = nn.Conv2d(channels, 2 * channels, 1)
+        self.splitconv = Pointwise(channels, 2 * channels)
         self.weight_blk = nn.Sequential(*_gate(channels, gate_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +65,7 @@ class GatedPoolingFR(nn.Sequential):
 
 def _gate(channels: int, gate_dim: int) -> tuple[nn.Module, ...]:
     return (
-        nn.Conv2d(channels, gate_dim, 1),
+        Pointwise(channels, gate_dim),
         nn.GELU(),
         nn.Conv2d(gate_dim, gate_dim, 3, padding=1),
         nn.GELU(),
@@ -169,9 +182,7 @@ class CFANet(nn.Module):
         dim = a.inter_dim
 
         self.weight_pool = nn.ModuleList(pooling(c, a.gate_dim) for c in channels)
-        self.dim_reduce = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, dim, 1), nn.GELU()) for c in pooled
-        )
+        self.dim_reduce = nn.ModuleList(nn.Sequential(Pointwise(c, dim), nn.GELU()) for c in pooled)
         self.h_emb = nn.Parameter(torch.randn(1, dim // 2, POSITION_GRID, 1) * 0.02)
         self.w_emb = nn.Parameter(torch.randn(1, dim // 2, 1, POSITION_GRID) * 0.02)
         self.sa_attn_blks = nn.ModuleList(

@@ -83,11 +83,13 @@ FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0
 """For labelled pairs: an epoch is one group of every reference."""
 
 MIXED_RECIPE = Recipe(
-    epochs=16,
+    epochs=12,
+    head_lr=6e-4,
+    backbone_lr=2e-4,
     group=2,
     order_weight=1.0,
     frozen_stages=2,
-    pair_batch=8,
+    pair_batch=24,
     average=0.99,
 )
 """For ratings with labelled pairs beside them: an epoch is every rated image once."""
