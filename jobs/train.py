@@ -144,6 +144,7 @@ def train(
 
     from topiq_core import metrics, weights
     from topiq_core.cards import Architecture, Card
+    from topiq_core.cfanet import LEVELS
     from topiq_core.training import loop
     from topiq_core.training.pairs import read_pairs
     from topiq_core.training.ratings import read_ratings
@@ -176,8 +177,12 @@ def train(
     else:
         rated = read_ratings(ratings, (mos_low, 100.0 if mos_high is None else mos_high))
         outputs = len(rated[0].votes) if loss is Loss.EMD else 1
-    gate_dim, heads = (32, 4) if mode is Mode.FR else (16, 2)
-    architecture = Architecture(mode.value, "mobilenet_v2", 128, heads, gate_dim, outputs)
+    if mode is Mode.FR:
+        architecture = Architecture("fr", "mobilenet_v2", 128, heads=4, gate_dim=32)
+    else:
+        architecture = Architecture(
+            "nr", "mobilenet_v2", 128, 2, 16, outputs, grid=recipe.crop // 2**LEVELS
+        )
     if (backbone is None) == (start is None):
         raise typer.BadParameter("give either --backbone, or --start with a model to go on from.")
     origin: Path | Weights

@@ -26,7 +26,12 @@ _HUB_LICENCE = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes the shape of the network."""
+    """Everything that fixes what the network computes, but for its weights.
+
+    `grid`: tokens along the shorter side of an image, at most: what the coarsest level has more of
+    is averaged, as finer levels are, so a large image is judged by as many tokens as the network
+    learned from. 0: one token for every position of the coarsest level, as in the paper.
+    """
 
     mode: Literal["nr", "fr"]
     backbone: str
@@ -34,6 +39,7 @@ class Architecture:
     heads: int = 4
     gate_dim: int = 64
     outputs: int = 1
+    grid: int = 0
 
 
 @dataclass(frozen=True)

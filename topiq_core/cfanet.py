@@ -231,7 +231,7 @@ class CFANet(nn.Module):
         return score if self.architecture.outputs == 1 else score.softmax(dim=1)
 
     def _pool(self, image: Tensor, reference: Tensor | None) -> list[Tensor]:
-        """Gated local pooling: every level's map, gated and brought to the coarsest grid."""
+        """Gated local pooling: every level's map, gated and brought to one grid."""
         maps = self._features(image)
         if reference is None:
             gated = (pool(x) for pool, x in zip(self.weight_pool, maps, strict=True))
@@ -241,10 +241,9 @@ class CFANet(nn.Module):
             gated = (
                 pool(d, r if each == 1 else r.repeat_interleave(each, 0)) for pool, d, r in pairs
             )
-        th, tw = maps[-1].shape[2:]
-        return [
-            self.dim_reduce[level](_shrink(x, int(th), int(tw))) for level, x in enumerate(gated)
-        ]
+        h, w = map(int, maps[-1].shape[2:])
+        th, tw = token_grid(h, w, self.architecture.grid)
+        return [self.dim_reduce[level](_shrink(x, th, tw)) for level, x in enumerate(gated)]
 
     def _features(self, image: Tensor) -> list[Tensor]:
         maps: list[Tensor] = self.semantic_model((image - self.mean) / self.std)
@@ -266,6 +265,17 @@ class CFANet(nn.Module):
             dim=1,
         )
         return F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+
+
+def token_grid(h: int, w: int, most: int) -> tuple[int, int]:
+    """Rows and columns of tokens, for a coarsest level of h x w positions.
+
+    most: along the shorter side, 0 for no limit; the longer one keeps the proportions.
+    """
+    shorter = min(h, w)
+    if not 0 < most < shorter:
+        return h, w
+    return round(h * most / shorter), round(w * most / shorter)
 
 
 def _shrink(x: Tensor, th: int, tw: int) -> Tensor:

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 
-from topiq_core.cfanet import LEVELS, CFANet, GatedPoolingFR, GatedPoolingNR, expected_score
+from topiq_core.cfanet import (
+    LEVELS,
+    CFANet,
+    GatedPoolingFR,
+    GatedPoolingNR,
+    expected_score,
+    token_grid,
+)
 from topiq_core.convolution import Activation, FusedConv, Residual
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -103,7 +110,7 @@ class InferenceNet(nn.Module):
         if reference is not None:
             given = isinstance(reference, Tensor)
             sides.append(self.levels(reference) if given else iter(reference))  # type: ignore[arg-type]
-        grid = _coarsest_grid(*image.shape[2:])
+        grid = token_grid(*_coarsest(*image.shape[2:]), self.net.architecture.grid)
         positions = self._strips_on(image).gate
         tokens = []
         for level in range(LEVELS):
@@ -324,7 +331,7 @@ def _pooled(
     return torch.cat(whole, dim=1)
 
 
-def _coarsest_grid(height: int, width: int) -> tuple[int, int]:
+def _coarsest(height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the last level: every stage halves and rounds up."""
     return -(-height // 2**LEVELS), -(-width // 2**LEVELS)
 

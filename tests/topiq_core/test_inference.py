@@ -17,18 +17,19 @@ SIZES = [(431, 64), (397, 45), (64, 431), (33, 32)]
 
 
 @lru_cache(maxsize=1)
-def plain(mode, backbone):
-    return fill(CFANet(Architecture(mode, backbone, inter_dim=32, heads=2, gate_dim=8)))
+def plain(mode, backbone, grid=0):
+    return fill(CFANet(Architecture(mode, backbone, 32, heads=2, gate_dim=8, grid=grid)))
 
 
 def image(frame):
     return torch.from_numpy(frame).permute(2, 0, 1)[None]
 
 
+@pytest.mark.parametrize("grid", [0, 2])
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("mode", ["nr", "fr"])
-def test_scores_in_strips_are_those_of_the_plain_network(backbone, mode):
-    net = plain(mode, backbone)
+def test_scores_in_strips_are_those_of_the_plain_network(backbone, mode, grid):
+    net = plain(mode, backbone, grid)
     whole = InferenceNet(deepcopy(net))
     strips = InferenceNet(deepcopy(net), strips=NARROWEST)
     for seed, size in enumerate(SIZES):
@@ -51,6 +52,21 @@ def test_every_level_is_the_plain_networks_at_the_seams_of_strips(backbone):
         for whole, found in zip(expected, strips.levels(x), strict=True):
             assert found.shape == whole.shape
             assert float((found - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
+
+
+@pytest.mark.parametrize("mode", ["nr", "fr"])
+def test_a_limited_grid_averages_large_images_and_leaves_small_ones(mode):
+    free, limited = plain(mode, "mobilenet_v2"), deepcopy(plain(mode, "mobilenet_v2", 3))
+    limited.load_state_dict(free.state_dict())
+    counts = []
+    limited.attn_pool.register_forward_pre_hook(lambda _, tokens: counts.append(tokens[0].shape[1]))
+    for (height, width), (rows, columns) in {(96, 200): (3, 7), (97, 300): (3, 8)}.items():
+        frame = picture(0, height, width)
+        sides = [image(frame) / 255] if mode == "nr" else [image(noisy(frame, 0)) / 255] * 2
+        with torch.inference_mode():
+            same = float(free(*sides)) == pytest.approx(float(limited(*sides)), abs=TOLERANCE)
+        assert counts.pop() == rows * columns
+        assert same == (height <= 96)
 
 
 def test_a_batch_is_scored_as_its_images_are():

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from golden.parameters import picture
+from golden.parameters import fill, picture
 from PIL import Image
 from torchvision.models import mobilenet_v2
 
@@ -58,6 +58,29 @@ def trained(ratings, backbone, tmp_path_factory):
 
 class Stopped(Exception):
     """Stands for the machine going away."""
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_training_pass_is_the_plain_networks_and_so_are_its_gradients(layout):
+    """It folds frozen norms and takes 1x1 convolutions for matrix products."""
+    net = fill(CFANet(ARCHITECTURE, dropout=0.0)).to(memory_format=layout)
+    images = torch.stack(
+        [torch.from_numpy(picture(seed, 64, 96)).permute(2, 0, 1) / 255 for seed in range(2)]
+    )
+    found = []
+    for training in (True, False):
+        net.train(training)
+        net.zero_grad()
+        output = net(images)
+        output.square().sum().backward()
+        gradients = {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
+        found.append((output.detach(), gradients))
+    (learning, its), (plain, whole) = found
+    torch.testing.assert_close(learning, plain, rtol=1e-4, atol=1e-4)
+    assert its.keys() == whole.keys()
+    assert any(name.startswith("semantic_model") for name in whole)
+    for name, gradient in whole.items():
+        assert float((its[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()), name
 
 
 def stop_after_a_checkpoint(monkeypatch):
