@@ -20,19 +20,9 @@ from pipeline import schemas, storage
 from pipeline.errors import CatalogError
 from pipeline.output import database
 from pipeline.pairing import Pairing, References
-from pipeline.storage import Stat
+from pipeline.storage import MEDIA_SUFFIXES, Stat
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
-
-# fmt: off
-MEDIA_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".avif", ".gif",
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".m2ts", ".mts",
-    ".mpg", ".mpeg", ".vob", ".3gp", ".3g2", ".mxf", ".wmv", ".asf", ".ogv", ".y4m", ".ivf",
-    ".h264", ".264", ".h265", ".265", ".hevc", ".obu",
-))
-# fmt: on
-
 
 _REFERENCE = "reference_uri"
 
@@ -326,14 +316,12 @@ def _manifest(source: str, fs: Any, path: str) -> Catalog:
 def _carried(source: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A manifest's column in a type that goes through DuckDB to the scores, and back.
 
-    Half precision becomes single. Raises CatalogError for a type that does not pass.
+    Half precision becomes single, also in lists, and dictionaries become their values. Raises
+    CatalogError for a type that does not pass.
     """
     kind = column.type
-    if pa.types.is_float16(kind):
-        column = column.cast(pa.float32())
-    elif pa.types.is_list(kind) and pa.types.is_float16(kind.value_type):
-        column = column.cast(pa.list_(pa.float32()))
     try:
+        column = column.cast(_passing(kind))
         connection = database()
         connection.register("one", pa.table({"it": column.drop_null().slice(0, 1)}))
         back = connection.sql("SELECT it FROM one").to_arrow_table()
@@ -344,6 +332,21 @@ def _carried(source: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray
             f"({str(error).splitlines()[0]}). Cast it, or leave it out."
         ) from error
     return column
+
+
+def _passing(kind: pa.DataType) -> pa.DataType:
+    """The type itself, or the one that it is carried in."""
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_dictionary(kind):
+        return _passing(kind.value_type)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_passing(kind.value_type), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_passing(kind.value_type))
+    if pa.types.is_list(kind):
+        return pa.list_(_passing(kind.value_type))
+    return kind
 
 
 def _read_table(file: Any, suffix: str) -> pa.Table:

@@ -144,9 +144,9 @@ def run_error(error: Exception) -> RunError:
         return TooManyFailures("more work units failed than is allowed: the run was stopped.")
     if isinstance(error, ray.exceptions.ActorUnavailableError | ray.exceptions.ActorDiedError):
         return ScorersDied(
-            "a scoring process died again and again; most often the machine ran out of memory. "
-            "Lower max_pixels, unit_bytes or object_store_bytes, or take a larger machine. What is "
-            "scored is kept: the same command goes on where this one stopped."
+            "a scoring process died again and again; most often the machine ran out of memory, or "
+            "a GPU failed. Lower max_pixels, unit_bytes or object_store_bytes, or take another "
+            "machine. What is scored is kept: the same command goes on where this one stopped."
         )
     if isinstance(error, ExecutionTimeoutError):
         doing = [line.strip(" -") for line in text.splitlines() if line.startswith("  - ")]
@@ -183,6 +183,9 @@ def shares(config: Config, largest_pixels: int | None = None) -> Shares:
     largest_pixels: of a frame, when it is known; without it a frame may have `max_pixels`. On CPUs
     as many scorers of one thread as have room in memory are a quarter faster than one with two
     threads; of large frames there is room for fewer, with more threads each.
+
+    What scorers book leaves room for a decoder on one node at least, wherever Ray places them:
+    without decoders, scorers wait for ever.
     """
     have: dict[str, Any] = ray.cluster_resources()
     booked = int(have.get("CPU", 0))
@@ -194,25 +197,34 @@ def shares(config: Config, largest_pixels: int | None = None) -> Shares:
     if config.device == "cuda" and not gpus:
         raise RunError("device cuda was asked for, but the cluster has no GPU.")
     use_gpus = gpus > 0 and config.device != "cpu"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    working = [node for node in nodes if node.get("CPU", 0) >= 1]  # a head may have none
+    largest = max(node["CPU"] for node in working)
     small = booked < 4
+    light_cpus, decode_cpus = 0.25, 0.5 if small or largest < 2 else 1.0
+    places = [node["CPU"] for node in working if node["CPU"] >= decode_cpus + light_cpus]
+    kept = (decode_cpus + light_cpus) * len(places)
     if use_gpus:
         actors = config.score_actors or max(1, int(gpus / config.gpus_per_actor))
-        # One CPU each, but not the last ones: without decoders, scorers wait for ever.
-        actor_cpus, threads = 0.25 if small else min(1.0, (booked - 2) / actors), 1
+        most, threads = (sum(places) - max(2.0, kept)) / actors, 1
     else:
         each = _SCORER_BYTES + _SCORER_BYTES_A_PIXEL * (largest_pixels or config.max_pixels)
-        room = int(_SCORERS_SHARE * float(have.get("memory", 0)) / each)
-        actors = config.score_actors or min(cpus, max(1, cpus // 4, room))
+        spare = SPARE_CPUS if started_here else 0
+        fitting = (
+            min(max(1, int(node["CPU"]) - spare), max(1, int(node["CPU"]) // 4, room))
+            for node in working
+            for room in [int(_SCORERS_SHARE * node.get("memory", 0) / each)]
+        )
+        actors = config.score_actors or sum(fitting)
         threads = min(4, max(1, cpus // actors)) if cpus >= 8 else max(1, cpus // actors)
-        # Bookings must fit on one node, and leave room for a decoder beside the actor.
-        largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-        actor_cpus = 0.25 if small else min(float(threads), (booked - 3) / actors, largest / 2)
+        # A booking must fit on one node, and leave room for a decoder beside the actor.
+        most = min((sum(places) - max(3.0, kept)) / actors, largest / 2)
     return Shares(
         decode_tasks=config.decode_tasks or cpus,
-        decode_cpus=0.5 if small else 1.0,
+        decode_cpus=decode_cpus,
         score_actors=actors,
-        actor_cpus=actor_cpus,
+        actor_cpus=0.25 if small else min(float(threads), most),
         actor_gpus=config.gpus_per_actor if use_gpus else 0.0,
         threads=threads,
-        light_cpus=0.25,
+        light_cpus=light_cpus,
     )

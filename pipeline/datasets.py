@@ -19,8 +19,8 @@ import pyarrow as pa
 from scipy.io import loadmat
 
 from pipeline import storage
-from pipeline.catalog import MEDIA_SUFFIXES
 from pipeline.errors import CatalogError, ConfigError
+from pipeline.storage import MEDIA_SUFFIXES
 
 
 @dataclass(frozen=True)

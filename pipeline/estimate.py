@@ -57,10 +57,15 @@ def _speed_of(scorer: "Scorer") -> Speed:
 
 
 def speed_of_run(file: Path) -> Speed:
-    """The speed of one scorer in an earlier run, from its run.json. Raises ConfigError."""
+    """The speed of one GPU's scorer in an earlier run, or of all its scorers on CPUs.
+
+    From its run.json. Raises ConfigError.
+    """
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         stage = record["stages"]["score"]
+        if not record["cluster"]["actor_gpus"]:
+            return Speed(float(stage["pixels_per_s"]), f"of all CPU scorers in {file}")
         per_worker = stage["pixels_per_s"] / stage["workers"]
         return Speed(float(per_worker), f"of a scorer in {file}")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -28,12 +28,15 @@ _PATIENCE = 4
 _SETTLE_S = 0.5
 
 
-class _Lost(BaseException):
-    """Ends the main thread's work, which no `except Exception` on the way may keep from ending."""
+# A signal that comes while Ray waits in its own code is lost.
+_SIGNAL_EVERY_S = 1.0
 
 
-def _end(*_: object) -> None:
-    raise _Lost
+class Lost(BaseException):
+    """Ends the main thread's work, which no `except Exception` on the way may keep from ending.
+
+    The output is another run's then: nothing more may be written where that run writes.
+    """
 
 
 class _Lease:
@@ -98,10 +101,13 @@ class _Lease:
             with contextlib.suppress(OSError, OutputError):
                 if not self.is_ours():
                     self.lost = True
-                    if self.ends_main:
-                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                    self._end_main()
                     return
                 self.write()
+
+    def _end_main(self) -> None:
+        while self.ends_main and not self.released.wait(_SIGNAL_EVERY_S):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
@@ -114,15 +120,24 @@ def held(output: Output, run_id: str) -> Iterator[None]:
     lease = _Lease(output, run_id)
     lease.take()
     output.remove_partials()
-    before = signal.signal(signal.SIGUSR1, _end) if lease.ends_main else None
+    before: Any = signal.getsignal(signal.SIGUSR1) if lease.ends_main else None
+
+    def on_signal(number: int, frame: Any) -> None:
+        if lease.lost:
+            raise Lost
+        if callable(before):  # somebody else's signal, as of a batch system
+            before(number, frame)
+
+    if lease.ends_main:
+        signal.signal(signal.SIGUSR1, on_signal)
     thread = threading.Thread(target=lease.keep, daemon=True)
     thread.start()
     try:
         yield
-    except _Lost:
+    except Lost:
         pass
     finally:
-        with contextlib.suppress(_Lost):
+        with contextlib.suppress(Lost):
             lease.released.set()
             thread.join()
         if lease.ends_main:

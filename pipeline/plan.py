@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ _SIGNATURE = b"topiq_plan_signature"
 @dataclass
 class PlanCounts:
     """What a plan holds. gone: items of the plan before it that are in the catalog no more;
-    largest_pixels: of a frame.
+    largest_pixels: of a frame, as large as a model makes it.
     """
 
     items: int = 0
@@ -150,7 +151,7 @@ def run(
             output.parquet_writer(schemas.OUTCOME, *_failures_path(model)) as failures,
         ):
             for table in _merged(_regrouped(batches), before, catalog, schema, counts):
-                _count(counts, table)
+                _count(counts, table, sides)
                 writer.write_table(table)
                 failures.write_table(_failures(table, run_id, config, planner.compares))
             if counts.items == 0:
@@ -214,7 +215,8 @@ def _gone(output: Output, model: str, catalog: Catalog) -> int:
     connection = database()
     connection.register("known", before)
     connection.register("items", catalog.table)
-    query = "SELECT count(DISTINCT item_id) FROM known ANTI JOIN items USING (item_id)"
+    # By file: where items are compared, their ids are also of what they are compared with.
+    query = "SELECT count(DISTINCT uri) FROM known ANTI JOIN items USING (uri)"
     return int(connection.sql(query).fetchall()[0][0])
 
 
@@ -308,7 +310,7 @@ def _regrouped(batches: Any) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
-def _count(counts: PlanCounts, table: pa.Table) -> None:
+def _count(counts: PlanCounts, table: pa.Table, short_sides: Sequence[int]) -> None:
     for row in table.select(
         ["unit_index", "times_s", "coded_width", "coded_height", "code"]
     ).to_pylist():
@@ -317,10 +319,13 @@ def _count(counts: PlanCounts, table: pa.Table) -> None:
         if row["code"] is not None:
             counts.failed_items += 1
             continue
-        frames, pixels = len(row["times_s"]), row["coded_width"] * row["coded_height"]
+        width, height = row["coded_width"], row["coded_height"]
+        frames, pixels = len(row["times_s"]), width * height
         counts.frames += frames
         counts.pixels += frames * pixels
-        counts.largest_pixels = max(counts.largest_pixels, pixels)
+        scales = [max(1, side / max(1, min(width, height))) for side in short_sides]
+        enlarged = math.ceil(pixels * max(scales, default=1) ** 2)
+        counts.largest_pixels = max(counts.largest_pixels, enlarged)
 
 
 @dataclass(frozen=True)

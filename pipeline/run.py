@@ -140,6 +140,8 @@ def _run_steps(run: _Run) -> Summary:
             bottleneck=held_up[0] if held_up else None,
             advice=held_up[1] if held_up else None,
         )
+    except lease.Lost:
+        raise  # run.json is the other run's now
     except BaseException as error:
         record |= {"status": "failed", "error": redacted(f"{type(error).__name__}: {error}")}
         record["finished_at"] = _now()

@@ -368,6 +368,8 @@ class ScoreUnits:
                 )
                 if scorer.sha256 != expected.sha256:
                     raise RunError(f"{expected.card.name} has other weights than on the driver.")
+                if shares.actor_gpus:
+                    _try(scorer)
                 self._scorers.append(scorer)
         except Exception as error:  # a GPU that does not work is a RuntimeError of PyTorch's
             said = str(error) if isinstance(error, TopiqError) else f"no scorer starts ({error!r})"
@@ -452,6 +454,15 @@ class ScoreUnits:
                 raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
 
 
+def _try(scorer: "Scorer") -> None:
+    """Score a black frame: a GPU that PyTorch was not built for takes weights, and fails here."""
+    frames = [np.zeros((64, 64, 3), np.uint8)]
+    if scorer.card.architecture.mode == "fr":
+        scorer.score_pairs(frames, frames)
+    else:
+        scorer.score(frames)
+
+
 def timed(work: Callable[..., list[Any]], *given: Any) -> tuple[list[Any], float]:
     """What comes of a call, and the seconds that it takes."""
     started = time.perf_counter()
@@ -482,7 +493,10 @@ def leave_a_lost_gpu(error: Exception) -> None:
     """
     import torch
 
-    if isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error):
+    said = str(error)
+    if not isinstance(error, torch.AcceleratorError) or "no kernel image" in said:
+        return
+    if "out of memory" not in said:
         print(f"the GPU is lost, this scorer ends: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -23,6 +24,15 @@ from pipeline.errors import (
     StorageError,
     Throttled,
 )
+
+# fmt: off
+MEDIA_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".avif", ".gif",
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".m2ts", ".mts",
+    ".mpg", ".mpeg", ".vob", ".3gp", ".3g2", ".mxf", ".wmv", ".asf", ".ogv", ".y4m", ".ivf",
+    ".h264", ".264", ".h265", ".265", ".hevc", ".obu",
+)
+# fmt: on
 
 # The largest remote object that is fetched whole.
 WHOLE_FETCH_BYTES = 64 << 20
@@ -50,12 +60,15 @@ _SIGNING = re.compile(
     r"|(?:aws|oss)?accesskeyid|googleaccessid|s[eprtv]|spr|sip|sk(?:oid|tid|[tesv])|hdn[a-z]*",
     re.IGNORECASE,
 )
-# A whole word in a name: `api_key` and `auth-token`, but not `keyframe` and `author`.
-_SECRET_WORD = re.compile(
-    r"(?:.*[-_.])?(?:secret|password|passwd|pwd|credentials?|api-?key|accesskey|key|hmac|auth"
-    r"|authorization|jwt|token|signature|sig)(?:[-_.].*)?",
+# Anywhere in a name; or as a whole word of it: `api_key` and `userAuth`, not `keyframe`, `author`.
+_SECRET = re.compile(
+    r"secret|passw|passphrase|credential|token|signature|oauth|(?:api|access|private|auth)key"
+    r"|(?:^|[-_.])(?:pwd|key|hmac|auth|authorization|jwt|sig)(?:[-_.]|$)",
     re.IGNORECASE,
 )
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+# A store that takes an object's key as a parameter: that is no secret, if it names a file.
+_OBJECT_KEY = re.compile(r"(?:(?:file|object|blob|s3|image|video|media)[-_.]?)?key", re.IGNORECASE)
 
 
 def redacted(text: str) -> str:
@@ -82,10 +95,10 @@ def unsigned(address: str) -> str:
 
 
 def _without_secret(parameter: re.Match[str]) -> str:
-    name, value = parameter["name"][1:], parameter["value"]
-    # The key of an object, in a store that takes it as a parameter, is no secret.
-    path = name.lower().endswith("key") and any(mark in value for mark in "/.")
-    if _SIGNING.fullmatch(name) or (_SECRET_WORD.fullmatch(name) and not path):
+    given, value = parameter["name"][1:], parameter["value"]
+    name = _HUMP.sub("_", unquote(given))
+    names_a_file = value.lower().endswith(MEDIA_SUFFIXES) and _OBJECT_KEY.fullmatch(name)
+    if _SIGNING.fullmatch(given) or (_SECRET.search(name) and not names_a_file):
         return f"{parameter['name']}=REDACTED"
     return parameter[0]
 
@@ -182,14 +195,17 @@ def open_media(url: str, places: int | None = None) -> Iterator[str | IO[bytes]]
 
 def _of_unknown_size(fs: Any, path: str, url: str) -> bytes:
     """The whole object, of a server that does not say how long it is and sends no ranges."""
+    data = bytearray()
     with fs.open(path, "rb") as stream:
-        data = bytes(stream.read(WHOLE_FETCH_BYTES + 1))
-    if len(data) > WHOLE_FETCH_BYTES:
-        raise StorageError(
-            f"{url}: the server does not say how large it is, and it is larger than the "
-            f"{WHOLE_FETCH_BYTES >> 20} MiB that are fetched then. Serve it with Content-Length."
-        )
-    return data
+        while part := stream.read(HEADER_BYTES):  # or less: what has come so far
+            data += part
+            if len(data) > WHOLE_FETCH_BYTES:
+                raise StorageError(
+                    f"{url}: the server does not say how large it is, and it is larger than the "
+                    f"{WHOLE_FETCH_BYTES >> 20} MiB that are fetched then. Serve it with "
+                    "Content-Length."
+                )
+    return bytes(data)
 
 
 def _local(path: str) -> str | IO[bytes]:

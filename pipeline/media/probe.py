@@ -184,17 +184,23 @@ def _length_by_seeking(
 ) -> float | None:
     """Seconds from the start to the end of the last frame, from the packets after the last seek
     point; None when there is no way to get there.
+
+    Of a file that is cut off it is what was declared, if that was meant as the end.
     """
+    if not container.duration:
+        return None
     tick = float(stream.time_base or 1 / 90000)
-    beyond = start + (container.duration or 0) / av.time_base
+    declared = container.duration / av.time_base
+    end = 0.0
     try:
-        container.seek(int(beyond / tick), stream=stream)
-        packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
-        ends = [(p.pts + (p.duration or 0)) * tick for p in packets if p.pts is not None]
+        container.seek(int((start + declared) / tick), stream=stream)
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None:
+                end = max(end, (packet.pts + (packet.duration or 0)) * tick)
         container.seek(0, stream=stream)
     except (av.error.FFmpegError, OSError):
-        ends = []
-    return max(ends) - start if ends else None
+        end = 0.0
+    return max(end, declared) - start if end else None
 
 
 def _declared_duration(container: InputContainer, stream: VideoStream, tick: float) -> float | None:

@@ -160,7 +160,9 @@ def test_an_estimate_can_use_the_speed_of_an_earlier_run(scored, tmp_path, folde
         "plan", folder, "-o", tmp_path / "out", "--estimate", "--speed-from", out / "run.json"
     )
     assert done.returncode == 0, done.stderr
-    assert "run.json" in done.stdout
+    assert f"of all CPU scorers in {out / 'run.json'}" in done.stdout
+    stage = json.loads((out / "run.json").read_text())["stages"]["score"]
+    assert f"{stage['pixels_per_s'] / 1e6:.1f} megapixels a second" in done.stdout
 
 
 def test_a_wrong_command_line_is_not_mistaken_for_failed_items():

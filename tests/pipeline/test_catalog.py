@@ -175,6 +175,14 @@ def test_columns_of_any_type_are_carried_along_or_refused_by_name(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     (field,) = catalog.read(str(tmp_path / "a.parquet")).extras
     assert field.type == pa.list_(pa.float32())
+    for kind in (pa.list_(pa.float16(), 2), pa.large_list(pa.float16())):
+        column = pa.array([[0.5, 2.0], [1.0, 4.0]], kind)
+        split = pa.array(["train", "test"]).dictionary_encode()
+        table = pa.table({"uri": ["a.mp4", "b.mp4"], "embedding": column, "split": split})
+        pq.write_table(table, tmp_path / "c.parquet")
+        found = catalog.read(str(tmp_path / "c.parquet")).table
+        assert found["embedding"].to_pylist() == [[0.5, 2.0], [1.0, 4.0]]
+        assert found["split"].to_pylist() == ["train", "test"]
     table = pa.table({"uri": ["a.mp4", "b.mp4"], "took": pa.array([None, 5], pa.duration("s"))})
     pq.write_table(table, tmp_path / "b.parquet")
     with pytest.raises(CatalogError, match=r"column took is of type duration\[s\]"):

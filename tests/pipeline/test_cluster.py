@@ -43,6 +43,30 @@ def is_loopback(text):
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
+def ledger(monkeypatch, *nodes):
+    """Ray's ledger as given: what is tested is the arithmetic on it."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    resources = [
+        {"CPU": float(cpus), "memory": float(memory_gb << 30), "GPU": float(gpus)}
+        for cpus, memory_gb, gpus in nodes
+    ]
+    total = {name: sum(node[name] for node in resources) for name in ("CPU", "memory", "GPU")}
+    # Ray leaves out what a node has none of.
+    kept = [{name: value for name, value in node.items() if value} for node in resources]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in kept])
+
+
+def assert_decoders_have_room(found, nodes):
+    """Wherever Ray places the scorers, some node can still take a decoder and a light task."""
+    need = found.decode_cpus + found.light_cpus
+    places = [cpus for cpus, *_ in nodes if cpus >= need]
+    left = sum(places) - found.score_actors * found.actor_cpus
+    # With less than `need` left on each of them, they would have less than this together.
+    assert left >= need * len(places)
+    assert 0 < found.actor_cpus <= max(places)
+
+
 @pytest.mark.parametrize(
     ("cpus", "memory_gb", "pixels", "scorers", "threads"),
     [
@@ -57,23 +81,46 @@ def is_loopback(text):
 def test_scorers_on_cpus_are_as_many_as_have_room_for_a_frame(
     monkeypatch, cpus, memory_gb, pixels, scorers, threads
 ):
-    """Ray's ledger is given: this is the arithmetic on it."""
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "memory": memory_gb << 30})
-    node = {"Alive": True, "Resources": {"CPU": cpus}}
-    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    ledger(monkeypatch, (cpus, memory_gb, 0))
     found = cluster.shares(Config(), pixels)
     assert (found.score_actors, found.threads) == (scorers, threads)
-    booked = scorers * found.actor_cpus
-    assert booked + found.decode_cpus + found.light_cpus <= cpus
+    assert_decoders_have_room(found, [(cpus,)])
 
 
-@pytest.mark.parametrize(("cpus", "gpus", "share"), [(2, 1, 0.5), (4, 1, 0.25), (8, 8, 1.0)])
-def test_scorers_on_gpus_leave_cpus_to_decode_with(monkeypatch, cpus, gpus, share):
-    """Ray's ledger is given: this is the arithmetic on it."""
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+@pytest.mark.parametrize(
+    ("nodes", "scorers"),
+    [
+        ([(4, 16, 0)] * 4, 16),
+        ([(16, 64, 0)] * 8, 128),
+        ([(1, 4, 0)] * 6, 6),
+        ([(1, 4, 0)] * 2, 2),
+        ([(2, 8, 0)] * 3, 6),
+        ([(0, 32, 0), (16, 20, 0)], 8),  # of a head without CPUs memory is no room
+        ([(8, 64, 0), (32, 8, 0)], 16),  # nor is that of another node
+    ],
+)
+def test_scorers_of_a_cluster_are_counted_by_node_and_leave_room_to_decode(
+    monkeypatch, nodes, scorers
+):
+    ledger(monkeypatch, *nodes)
+    found = cluster.shares(Config(), 1920 * 1080)
+    assert found.score_actors == scorers
+    assert_decoders_have_room(found, nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "share"),
+    [
+        ([(2, 8, 1)], 0.5),
+        ([(4, 16, 1)], 0.25),
+        ([(8, 32, 8)], 1.0),
+        ([(2, 8, 1)] * 4, 0.5),
+        ([(0, 32, 0), (4, 16, 1), (4, 16, 1)], 0.25),
+        ([(1, 4, 1)] * 8, 1.0),
+    ],
+)
+def test_scorers_on_gpus_leave_cpus_to_decode_with(monkeypatch, nodes, share):
+    ledger(monkeypatch, *nodes)
     found = cluster.shares(Config(gpus_per_actor=share))
-    assert found.score_actors == gpus / share
-    left = cpus - found.score_actors * found.actor_cpus
-    assert left >= found.decode_cpus + found.light_cpus
+    assert found.score_actors == sum(gpus for *_, gpus in nodes) / share
+    assert_decoders_have_room(found, nodes)

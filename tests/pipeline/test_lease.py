@@ -119,6 +119,38 @@ def work_while_another_takes_over(output):
         time.sleep(60)
 
 
+def test_a_signal_that_was_not_seen_comes_again(output, monkeypatch):
+    """As one is that comes while Ray waits in its own code."""
+    monkeypatch.setattr(lease, "_SIGNAL_EVERY_S", 0.05)
+    seen = []
+
+    def work_on():
+        with lease.held(output, "mine"):
+            foreign(output)
+            while len(seen) < 2:
+                try:
+                    time.sleep(60)
+                except lease.Lost:
+                    seen.append(1)
+
+    with pytest.raises(RunError, match="took this output over"):
+        work_on()
+    assert len(seen) == 2
+
+
+def test_somebody_elses_signal_ends_nothing_and_reaches_who_waited_for_it(output):
+    caught = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: caught.append(1))
+    try:
+        with lease.held(output, "mine"):
+            signal.raise_signal(signal.SIGUSR1)
+            assert on_disk(output)["run_id"] == "mine"
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(caught) == 2
+
+
 def test_what_a_killed_owner_was_writing_is_removed_by_the_next(output, tmp_path):
     program = (
         "import os, signal, sys\n"

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from jobs.sample_media import encode, landscape, pan
-from pipeline import aggregate, catalog, cluster, plan, run, schemas, score
+from pipeline import aggregate, catalog, cluster, lease, plan, run, schemas, score
 from pipeline.config import Config
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
 from pipeline.output import Output
@@ -613,3 +613,20 @@ def test_real_clips_are_scored_or_failed_for_a_reason(tmp_path, data_dir):
     }  # fmt: skip
     for row in rows(tmp_path / "corrupt", "scores"):
         assert name_of(row).split("__")[-1] in ("sample_with_invalid_nalu.mp4", "corrupted.mp4")
+
+
+def test_a_run_that_lost_its_output_leaves_the_new_owners_record(tmp_path, clips, monkeypatch):
+    """The other run takes over while this one starts Ray."""
+    for name, seconds in (("PERIOD_S", 0.1), ("_SETTLE_S", 0.05), ("_SIGNAL_EVERY_S", 0.1)):
+        monkeypatch.setattr(lease, name, seconds)
+    theirs = json.dumps({"schema_version": schemas.SCHEMA_VERSION, "run_id": "theirs"})
+
+    def taken_over(_):
+        (tmp_path / "out/run.json").write_text(theirs)
+        (tmp_path / "out" / lease.FILE).write_text(json.dumps({"owner": "they"}))
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(cluster, "connect", taken_over)
+    with pytest.raises(RunError, match="took this output over"):
+        score_into(clips["h264.mp4"], tmp_path / "out")
+    assert (tmp_path / "out/run.json").read_text() == theirs

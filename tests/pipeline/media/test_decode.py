@@ -202,3 +202,35 @@ def test_a_video_that_begins_late_is_as_long_as_its_frames(tmp_path, name, spec)
     assert shots.problem is None
     assert len(shots.shots) == len(samples.times)
     assert sum(samples.weights) == pytest.approx(2.4, abs=0.01)
+
+
+def test_a_late_recording_that_was_piped_and_has_no_length_is_as_long_as_its_frames(tmp_path):
+    class Pipe:
+        def __init__(self, file):
+            self.write = file.write
+
+    times = [10 + i / 25 for i in range(60)]
+    whole = encode(tmp_path / "whole.mkv", pan(64, 96, 60), times_s=times)
+    with (
+        (tmp_path / "live.mkv").open("wb") as file,
+        av.open(str(whole)) as given,
+        av.open(Pipe(file), "w", format="matroska") as live,
+    ):
+        stream = live.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                live.mux(packet)
+    with av.open(str(tmp_path / "live.mkv")) as container:
+        assert container.duration is None
+    found = probe(str(tmp_path / "live.mkv"), SampleSpec.parse("uniform:8"), PIXELS)
+    assert found.facts.duration_s == pytest.approx(2.4, abs=0.05)
+
+
+def test_a_late_recording_that_is_cut_off_keeps_its_declared_length(tmp_path):
+    times = [10 + i / 25 for i in range(100)]
+    options = {"crf": "10"}
+    whole = encode(tmp_path / "a.mkv", pan(128, 192, 100), times_s=times, options=options, gop=10)
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    found = probe(str(tmp_path / "cut.mkv"), SampleSpec.parse("uniform:8"), PIXELS)
+    assert found.facts.duration_s == pytest.approx(4.0, abs=0.05)
