@@ -188,7 +188,8 @@ class Config(BaseModel):
         default=0,
         ge=0,
         description="Scorers; 0 means one per GPU share, or without GPUs as many of one thread as "
-        "the CPUs and the memory allow for the largest frame of the plan, at least one per 4 CPUs.",
+        "each node's CPUs and memory allow for the largest frame of the plan, at least one per 4 "
+        "CPUs.",
     )
     gpus_per_actor: float = Field(
         default=1.0,
