@@ -135,8 +135,8 @@ def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution [N,C,h,w] -> [N,K,h,w], weight [K,C,1,1], for training.
 
-    In channels-last memory as a matrix product: on one thread, and of fewer than 16 images,
-    PyTorch's convolutions take twice as long there and back.
+    In channels-last memory as a matrix product: on one thread PyTorch's convolutions take longer
+    there and back.
     """
     if x.is_contiguous(memory_format=torch.channels_last):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
