@@ -68,6 +68,8 @@ def make(sources: list[Path], count: int, codecs: list[str], folder: Path) -> Pa
             writer.writerow([reference, reference, f"{source.stem} itself", 0])
             for codec in codecs:
                 factors, options = CODECS[codec]
+                if len(frames) == 1:  # x265 would give it a decoding time from memory never set
+                    options = options | {"bf": "0"}
                 for crf in factors:
                     path = folder / f"{number}-{codec}-{crf}.mkv"
                     encode(path, frames, codec, options=options | {"crf": str(crf)}, gop=48)
