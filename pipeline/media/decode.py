@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 
 from pipeline.errors import DecodeError, StorageError, TooLarge, UnsupportedColour
 from pipeline.media import colour
+from pipeline.media.clock import Clock, demuxed
 from pipeline.media.colour import DEFAULT_POLICY, RGB, Look, Policy
 from pipeline.media.container import explain, frame_interval, open_video, read_ahead
 from pipeline.media.interlace import deinterlaced
@@ -129,7 +130,7 @@ class _Decoder:
         self.concealed = 0
         self.last_error: Exception | None = None
         self.out = Decoded()
-        self.unstamped = 0
+        self.clock = Clock(container, stream)
         self.may_seek = any(name in container.format.name for name in _SEEKABLE)
         self.indexed = any(name in container.format.name for name in _INDEXED)
         # A frame that is deinterlaced needs its neighbours, those that none refers to as well.
@@ -317,7 +318,6 @@ class _Decoder:
                     self._learn(2 * (target - self.on_screen[0]))  # sought in vain
                 return itertools.chain((first,), frames)
         self.may_seek = False
-        self.unstamped = 0
         try:
             self._seek(min(self._first_s(), 0.0))
         except av.error.FFmpegError as error:  # no way back: what still comes is all there is
@@ -336,7 +336,9 @@ class _Decoder:
             lambda p: p is not None and not p.is_keyframe, self._packets()
         )
         packet = next(packets, None)
-        if packet is None or self._shown(packet) > target - self.lead_s + self.tick / 2:
+        if packet is None or not self.clock.may_start_at(packet):
+            return None, iter(())
+        if (self.clock.time_of(packet) or 0.0) > target - self.lead_s + self.tick / 2:
             return None, iter(())
         frames = self._decoded(itertools.chain((packet,), packets))
         first = next((f for f in frames if f[1].key_frame), None)
@@ -347,6 +349,7 @@ class _Decoder:
 
     def _seek(self, position_s: float) -> None:
         self.leave = self.drained = False
+        self.clock.seek()
         self.container.seek(math.floor(position_s / self.tick), stream=self.stream)
 
     def _learn(self, gop_s: float) -> None:
@@ -363,8 +366,10 @@ class _Decoder:
         recent: deque[float] = deque(maxlen=_REORDERED)
         keyframe_s, shown, in_order = math.inf, False, True
         for packet in packets:
+            if packet is not None:
+                self.clock.send(packet)
             if packet is not None and packet.dts is not None and packet.pts is not None:
-                in_order = in_order and packet.dts <= packet.pts
+                in_order = in_order and packet.dts <= packet.pts and not self.clock.by_order
                 past = packet.dts * self.tick > self.goal + self.tick / 2
                 self.drained = self.leave and shown and in_order and past and not self.lead_s
             if self.may_dispose and packet is not None and not self.lead_s:
@@ -378,12 +383,9 @@ class _Decoder:
                 self.last_error = error
                 frames = []
             for frame in frames:
-                if frame.pts is None:  # a bare stream: frames count, times do not exist
+                if frame.pts is None and not self.clock.by_order:  # it rests on those before it
                     self.may_seek = False
-                    yield self.unstamped * self.interval, frame
-                    self.unstamped += 1
-                    continue
-                pts_s = frame.pts * self.tick
+                pts_s = self.clock.show(frame)
                 self._waits(frame)
                 if frame.key_frame:
                     if pts_s > keyframe_s:
@@ -395,22 +397,21 @@ class _Decoder:
                 return
 
     def _dispose(self, packet: Any, recent: deque[float]) -> None:
-        """Have the decoder leave out a frame that no other needs, where a later one is due."""
+        """Have the decoder leave out a frame that no other needs, where a later one is due.
+
+        Not where the times of other frames rest on it.
+        """
         late = False
-        if packet.pts is not None:
+        if packet.pts is not None and not self.clock.by_order and not self.clock.gaps:
             pts_s = packet.pts * self.tick
             late = any(pts_s < other <= self.goal + self.tick / 2 for other in recent)
             recent.append(pts_s)
         self.stream.codec_context.skip_frame = "NONREF" if late else "DEFAULT"
 
-    def _shown(self, packet: Any) -> float:
-        stamp = packet.pts if packet.pts is not None else packet.dts
-        return 0.0 if stamp is None else float(stamp * self.tick)
-
     def _packets(self) -> Iterator[Any]:
         """The stream's packets, and a last one that empties the decoder."""
         try:
-            yield from self.container.demux(self.stream)
+            yield from demuxed(self.container, self.stream)
         except av.error.FFmpegError as error:
             self.errors += 1
             self.last_error = error

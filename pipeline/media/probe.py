@@ -14,6 +14,7 @@ from av.video.stream import VideoStream
 from pipeline import storage
 from pipeline.errors import NoFrames, NotMedia, TooLarge
 from pipeline.media import decode, image, letterbox
+from pipeline.media.clock import Clock, demuxed, filled
 from pipeline.media.colour import DEFAULT_POLICY, RGB, Policy
 from pipeline.media.container import (
     explain,
@@ -223,20 +224,33 @@ def _scan(
     """Presentation times of all frames and of the keyframes, and the end, from the packets."""
     times: set[float] = set()
     keys: set[float] = set()
-    end = 0.0
-    unstamped = frame_interval(stream)
+    unstamped_keys: list[int] = []
+    end, count, missing, trailing = 0.0, 0, 0, 0
+    clock = Clock(container, stream)
     read_ahead(container, math.inf)
     try:
-        for packet in container.demux(stream):
+        for packet in demuxed(container, stream):
             if packet.is_discard or packet.size == 0:
                 continue
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            shown = len(times) * unstamped if stamp is None else stamp * tick
-            times.add(shown)
-            end = max(end, shown + (packet.duration or 0) * tick)
-            if packet.is_keyframe:
-                keys.add(shown)
+            shown = clock.time_of(packet)
+            if shown is None:
+                missing, trailing = missing + 1, trailing + 1
+                if packet.is_keyframe:
+                    unstamped_keys.append(count)
+            else:
+                trailing = 0
+                times.add(shown)
+                end = max(end, shown + (packet.duration or 0) * tick)
+                if packet.is_keyframe:
+                    keys.add(shown)
+            count += 1
     except (av.error.FFmpegError, OSError) as error:
-        if not times:
+        if not count:
             raise explain(url, error) from error
-    return sorted(times), sorted(keys), end or len(times) * unstamped
+    interval = frame_interval(stream)
+    every = filled(sorted(times), missing, trailing, interval)
+    if len(every) == count:  # what is sent before a keyframe is also shown before it
+        keys.update(every[number] for number in unstamped_keys)
+    if missing:
+        end = max(end, every[-1] + interval)
+    return every, sorted(keys), end or len(every) * interval
