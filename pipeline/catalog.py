@@ -21,6 +21,7 @@ from pipeline.errors import CatalogError
 from pipeline.output import database
 from pipeline.pairing import Pairing, References
 from pipeline.storage import MEDIA_SUFFIXES, Stat
+from topiq_core.errors import TopiqError
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 
@@ -198,8 +199,13 @@ def _read(source: str) -> Catalog:
             return _listed(_folder(fs, path), f"{source}: no files in this folder.")
         if any(c in path for c in "*?["):
             return _listed(_glob(fs, path), f"{source}: nothing matches.")
-    except (OSError, ImportError) as error:
-        raise CatalogError(f"{source}: cannot be listed ({error}).") from error
+    except (TopiqError, MemoryError):
+        raise
+    except Exception as error:  # stores have exceptions of their own
+        reason = str(error) or type(error).__name__
+        raise CatalogError(
+            f"{source}: cannot be read ({reason}). Check the address and the rights there."
+        ) from error
     raise CatalogError(f"{source}: no such file, folder, glob or manifest.")
 
 

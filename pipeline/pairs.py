@@ -145,10 +145,13 @@ def _at(moment: float, offset_s: float, ours: Floats, theirs: Floats, partner: I
     """The distorted frame to compare at a moment of the reference; -1 when there is none.
 
     That is one whose reference frame is on screen then. Where the distorted video has dropped it,
-    the one on screen instead, which is compared with its own reference frame.
+    the one on screen instead, which is compared with its own reference frame. A distorted video
+    that has ended shows none.
     """
     shown = max(0, int(np.searchsorted(theirs, moment + 1e-9, side="right")) - 1)
     own = np.flatnonzero(partner == shown)
     if len(own):
         return int(own[0])
+    if moment - offset_s >= ours[-1] + align.interval_s(ours):
+        return -1
     return int(np.searchsorted(ours, moment - offset_s + 1e-9, side="right")) - 1

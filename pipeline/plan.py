@@ -77,7 +77,15 @@ def table_path(model: str) -> tuple[str, str]:
 
 def _failures_path(model: str) -> tuple[str, str]:
     """Where the failures of a model's planning lie."""
-    return "failures", f"plan-{model}.parquet"
+    return "failures", f"{_FAILURES}{model}.parquet"
+
+
+def is_failures(path: str) -> bool:
+    """Whether a file in failures/ is of planning, and not of a write task."""
+    return path.rsplit("/", 1)[-1].startswith(_FAILURES)
+
+
+_FAILURES = "plan-"
 
 
 def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] = ()) -> str:

@@ -264,6 +264,7 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
     monitor = cluster.beside_driver(Monitor).remote(rest)
     with _watched(monitor, to_do, run.event):
         seconds, _ = _timed(lambda: _score_open(run, shares, to_do, monitor))
+    commits.recover(run.output)
     return seconds
 
 
@@ -286,6 +287,7 @@ def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> 
                 run.run_id,
             )
         except ScorersDied:
+            # Write tasks that were under way may end after this: see the end of `_score`.
             commits.recover(run.output)
             still_open = commits.count_open(run.output, run.model)
             if still_open >= to_do:

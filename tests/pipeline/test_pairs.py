@@ -56,6 +56,15 @@ def test_renditions_are_compared_at_the_same_frames_of_their_reference(spec, jit
     )
 
 
+@pytest.mark.parametrize("spec", ["uniform:16", "fps:2"])
+def test_a_rendition_that_ends_early_is_judged_by_what_it_has_alike(spec):
+    reference, distorted = timeline(240, 24.0), timeline(120, 24.0)
+    found = pairs.pair_frames("x", SampleSpec.parse(spec), distorted, reference, 0.0)
+    assert len(set(np.round(found.samples.weights, 6))) == 1
+    assert sum(found.samples.weights) == pytest.approx(5.0)
+    assert found.reference_times == found.samples.times
+
+
 @pytest.mark.parametrize("rates", [(30.0, 60.0), (60.0, 30.0), (25.0, 24.0)])
 def test_other_frame_rates_are_paired_by_what_is_on_screen(rates):
     ours, theirs = rates
