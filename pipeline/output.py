@@ -150,7 +150,7 @@ class Output:
             yield w
 
 
-class _ObjectStore(pafs.FSSpecHandler):
+class _ObjectStore(pafs.FSSpecHandler):  # type: ignore[misc]
     """For stores where folders are parts of names: making one would ask for rights on the bucket,
     or make a bucket of a mistyped name.
     """
