@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_num_cpus
 from ray.autoscaler.sdk import request_resources
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -36,6 +38,10 @@ class Shares:
     threads: int
     light_cpus: float
     """Booked by stages that only read or write tables."""
+
+
+# A scorer with its model, a decoder and Ray need this beside the object store.
+_LEAST_BYTES = 2 << 30
 
 
 def quieten() -> None:
@@ -72,11 +78,18 @@ def connect(config: Config) -> None:
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         _await_nodes(config)
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = int(get_system_memory())
+    store = config.object_store_bytes or min(8 << 30, max(512 << 20, memory // 5))
+    if memory - store < _LEAST_BYTES:
+        raise RunError(
+            f"this machine, or its container, has {memory} bytes of memory: with an object store "
+            f"of {store} too little is left to decode and score. Lower object_store_bytes, or take "
+            "a larger machine."
+        )
     ray.init(
         address="local",
         num_cpus=local_cpus() + SPARE_CPUS,
-        object_store_memory=config.object_store_bytes or min(8 << 30, max(512 << 20, memory // 5)),
+        object_store_memory=store,
         include_dashboard=False,
         logging_level=logging.WARNING,
         log_to_driver=False,
@@ -166,10 +179,11 @@ def run_error(error: Exception) -> RunError:
 
 
 def local_cpus() -> int:
-    """CPUs that this process may use."""
+    """CPUs that this process may use: by its affinity, and by the limits of its container."""
+    allowed = max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(allowed, len(os.sched_getaffinity(0)))
+    return allowed
 
 
 # What a scorer on a CPU holds: itself with its model, and for each pixel of a frame. Scorers may

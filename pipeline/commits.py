@@ -54,6 +54,16 @@ def count_open(output: Output, model: str) -> int:
     return int(_connect(output, model).execute(query).fetchall()[0][0])
 
 
+def open_work(output: Output, model: str) -> tuple[int, int]:
+    """Frames, and pixels of frames, of the planned work units that are open."""
+    query = """
+        SELECT sum(len(times_s)), sum(len(times_s) * coded_width::BIGINT * coded_height)
+        FROM plan ANTI JOIN done USING (unit_id) WHERE code IS NULL
+    """
+    ((frames, pixels),) = _connect(output, model).execute(query).fetchall()
+    return int(frames or 0), int(pixels or 0)
+
+
 def earlier_attempts(output: Output, model: str) -> dict[str, int]:
     """For open units that have failed before, how often they were tried."""
     query = """

@@ -165,6 +165,15 @@ def test_an_estimate_can_use_the_speed_of_an_earlier_run(scored, tmp_path, folde
     assert f"{stage['pixels_per_s'] / 1e6:.1f} megapixels a second" in done.stdout
 
 
+def test_an_estimate_leaves_out_what_is_scored(scored, tmp_path, folder):
+    out, _ = scored
+    copy = shutil.copytree(out, tmp_path / "copy")
+    done = topiq("plan", folder, "-o", copy, "--estimate", "--speed-from", out / "run.json")
+    assert done.returncode == 0, done.stderr
+    assert "3 of them scored already" in done.stdout
+    assert "0.000 gigapixels to score" in done.stdout
+
+
 def test_a_wrong_command_line_is_not_mistaken_for_failed_items():
     done = topiq("score", "--no-such-option")
     assert done.returncode == 1
