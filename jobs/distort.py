@@ -59,6 +59,7 @@ def distort(
     files = _files(photos, best)
     if not files:
         raise TopiqError("no photos there. Name pictures, a folder of them, or a CSV.")
+    _refuse_namesakes(files)
     output.mkdir(parents=True, exist_ok=True)
     tasks = [(file, output, settings) for file in files]
     made: list[dict[str, Any]] = []
@@ -85,6 +86,17 @@ def _files(photos: Sequence[Path], best: int) -> list[Path]:
     return out
 
 
+def _refuse_namesakes(files: Sequence[Path]) -> None:
+    """Pairs are named after the file that they were made from, and training tells photos by it."""
+    from topiq_core.errors import TopiqError
+
+    places: dict[str, Path] = {}
+    for file in files:
+        other = places.setdefault(file.name, file)
+        if other is not file:
+            raise TopiqError(f"{file}: called the same as {other}. Name it once, or rename one.")
+
+
 def _all_made(
     tasks: Sequence[tuple[Path, Path, Settings]], processes: int
 ) -> Iterator[list[dict[str, Any]]]:
@@ -107,14 +119,19 @@ def _photo(task: tuple[Path, Path, Settings]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     name = source_name(photo)
     done = output / name / "measured.json"
+    made_of = {
+        "settings": asdict(settings),
+        "photo": hashlib.sha256(photo.read_bytes()).hexdigest(),
+    }
     if done.exists():
         kept = json.loads(done.read_text())
-        if kept["settings"] == asdict(settings):
-            return list(kept["rows"])
+        rows = kept.pop("rows")
+        if kept == made_of:
+            return list(rows)
     done.parent.mkdir(exist_ok=True)
     rows = list(_rows(photo, done.parent, settings))
     partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps({"settings": asdict(settings), "rows": rows}))
+    partial.write_text(json.dumps({**made_of, "rows": rows}))
     partial.replace(done)
     return rows
 

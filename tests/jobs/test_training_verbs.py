@@ -42,6 +42,15 @@ def made(photos, tmp_path_factory):
     return output, make([photos], output)
 
 
+def test_photos_of_one_name_are_refused_before_any_is_made(photos, tmp_path):
+    twin = tmp_path / "b" / "1.png"
+    twin.parent.mkdir()
+    Image.fromarray(picture(9, 200, 240)).save(twin)
+    with pytest.raises(TopiqError, match=r"b/1\.png: called the same as .*1\.png"):
+        make([photos, twin.parent], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_photo_becomes_ladders_and_an_identical_pair(made):
     output, rows = made
     assert len(rows) == 3 * (1 + 3 * 5)

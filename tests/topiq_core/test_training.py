@@ -12,6 +12,7 @@ from golden.parameters import fill, picture
 from PIL import Image
 from torchvision.models import mobilenet_v2
 
+from pipeline.media.image import decode
 from topiq_core import weights
 from topiq_core.cards import Architecture, Card
 from topiq_core.cfanet import CFANet
@@ -504,3 +505,20 @@ def test_a_recipe_for_several_workers_does_not_train_alone(ratings, backbone, tm
     recipe = dataclasses.replace(RECIPE, workers=2)
     with pytest.raises(TopiqError, match="1 processes"):
         loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")
+
+
+def test_pictures_are_read_as_scoring_reads_them(tmp_path):
+    rgb = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=turned)
+    alpha = np.broadcast_to(np.uint8(100), (40, 60, 1))
+    Image.fromarray(np.concatenate([rgb, alpha], axis=2)).save(tmp_path / "thin.png")
+    Image.fromarray(rgb).quantize(16).save(tmp_path / "palette.png", transparency=3)
+    for path in tmp_path.iterdir():
+        expected = decode(str(path), 1 << 20, "black")
+        assert np.array_equal(loop.read_rgb(path).permute(1, 2, 0).numpy(), expected), path
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(deep)
+    with pytest.raises(RatingsError, match=r"deep\.png.*8 bits"):
+        loop.read_rgb(deep)
