@@ -106,7 +106,7 @@ def look_of(frame: VideoFrame, coded: tuple[int, int] = (0, 0), deinterlaced: bo
         pix_fmt=frame.format.name,
         matrix=matrix,
         matrix_tagged=tagged is not None or is_rgb,
-        full_range=is_rgb or frame.format.name.startswith("yuvj") or int(frame.color_range) == 2,
+        full_range=is_full_range(frame),
         primaries=primaries,
         transfer=transfer,
         hdr=hdr,
@@ -118,6 +118,12 @@ def look_of(frame: VideoFrame, coded: tuple[int, int] = (0, 0), deinterlaced: bo
         gamut_mapped=_gamut(primaries, matrix, hdr) != "bt709",
         deinterlaced=deinterlaced,
     )
+
+
+def is_full_range(frame: VideoFrame) -> bool:
+    """Whether code values reach from 0 to the highest; otherwise they keep to the video range."""
+    kind = frame.format
+    return kind.is_rgb or kind.name.startswith("yuvj") or int(frame.color_range) == 2
 
 
 def objection(look: Look, policy: Policy) -> str | None:
@@ -157,7 +163,7 @@ def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
     return upright(image, look.rotation, look.mirrored)
 
 
-def upright(image: RGB, rotation: int, mirrored: bool) -> RGB:
+def upright(image: npt.NDArray[Any], rotation: int, mirrored: bool) -> npt.NDArray[Any]:
     """A picture [H, W] or [H, W, 3] as it is to be shown: see `orientation`."""
     if mirrored:
         image = image[:, ::-1]

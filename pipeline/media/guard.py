@@ -63,7 +63,7 @@ class Frames:
     """Seconds in which the child neither computed nor waited for a CPU: it waited for storage."""
     planes: list[dict[str, Any]] = field(default_factory=list)
     form: str | None = None
-    """`WIDTHxHEIGHT PIX_FMT` of the planes, when there are any."""
+    """`WIDTHxHEIGHT PIX_FMT RANGE` of the planes, when there are any."""
     unscaled: str | None = None
     """`WIDTHxHEIGHT` of the first frame before it was brought to the size asked for."""
 
