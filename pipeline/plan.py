@@ -460,6 +460,7 @@ class _Planner:
             "confidence": estimate and estimate.confidence,
             "n_matched": chosen.n_matched,
             "n_unmatched": chosen.n_unmatched,
+            "crop": pairs.common_crop(found.facts, against.facts),
             "reference_crop": against.facts.crop,
             **{f"reference_{name}": value for name, value in asdict(reference_stat).items()},
         }  # fmt: skip
