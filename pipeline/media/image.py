@@ -1,9 +1,11 @@
 """Decode a still image to upright, full-range RGB."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import av
 import numpy as np
@@ -32,7 +34,7 @@ class ImageFacts:
 
 
 def sniff(head: bytes) -> bool:
-    """Whether the first bytes are those of an image format that we read."""
+    """Whether the first bytes are those of an image format, be it one that is turned away."""
     if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
         return True
     if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"):
@@ -41,7 +43,7 @@ def sniff(head: bytes) -> bool:
         return True
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return True
-    return head[4:8] == b"ftyp" and any(b in head[8:64] for b in (b"avif", b"avis"))
+    return _is_avif(head) or _is_heif(head)
 
 
 def facts(url: str, max_pixels: int) -> ImageFacts:
@@ -67,6 +69,13 @@ def decode(url: str, max_pixels: int, background: Background) -> RGB:
             raise DecodeError(f"{url}: damaged or incomplete image ({error}).") from error
 
 
+# Major brands of ISO/IEC 23008-12: stills and sequences in HEVC, L-HEVC and AVC, and of any coding.
+# A video that holds a picture too, such as its cover, has them among its compatible brands only.
+_HEIF_BRANDS = (
+    b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"avci", b"avcs",
+    b"mif1", b"mif2", b"msf1",
+)  # fmt: skip
+_HEAD_BYTES = 64
 _EXIF_ORIENTATION = 0x0112
 _TIFF_BITS_PER_SAMPLE = 258
 _DEEP_OPTIONS = {"format_whitelist": "png_pipe,tiff_pipe", "protocol_whitelist": "file"}
@@ -80,7 +89,13 @@ class _opened:
 
     def __enter__(self) -> Image.Image:
         try:
-            self._check(*_webp_size(self.source))  # Pillow allocates a WebP as it opens it
+            with _rewound(self.source) as file:
+                head = file.read(_HEAD_BYTES)
+            if _is_heif(head):
+                raise UnsupportedCodec(
+                    f"{self.url}: HEIC (HEIF) is not read here. Convert it to JPEG, PNG or AVIF."
+                )
+            self._check(*_webp_size(head))  # Pillow allocates a WebP as it opens it
             # The limit is checked below, before any pixel is decoded; Pillow's own would warn.
             Image.MAX_IMAGE_PIXELS = None
             self.image = Image.open(self.source, formats=FORMATS)
@@ -106,14 +121,27 @@ class _opened:
         self.image.close()
 
 
-def _webp_size(source: Any) -> tuple[int, int]:
-    """Width and height in the header of a WebP file (RFC 9649, section 2); zeros of any other."""
+@contextlib.contextmanager
+def _rewound(source: str | IO[bytes]) -> Iterator[IO[bytes]]:
+    """The file of a path, or the one given, which is at its start again afterwards."""
     if isinstance(source, str):
         with Path(source).open("rb") as file:
-            head = file.read(30)
+            yield file
     else:
-        head = source.read(30)
+        yield source
         source.seek(0)
+
+
+def _is_avif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and any(b in head[8:64] for b in (b"avif", b"avis"))
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and not _is_avif(head)
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height in the header of a WebP file (RFC 9649, section 2); zeros of any other."""
     if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return 0, 0
     if head[12:16] == b"VP8X":

@@ -1,3 +1,4 @@
+import struct
 from fractions import Fraction
 
 import av
@@ -5,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import DecodeError, TooLarge
+from jobs.sample_media import encode
+from pipeline.errors import DecodeError, TooLarge, UnsupportedCodec
 from pipeline.media import image
-from pipeline.media.probe import kind_of
+from pipeline.media.probe import kind_of, probe
+from pipeline.media.sample import SampleSpec
 
 PIXELS = 10**8
 
@@ -127,3 +130,102 @@ def test_the_size_of_a_webp_is_known_before_it_is_opened(tmp_path, picture, opti
     with pytest.raises(TooLarge, match=f"{picture.shape[1]}x{picture.shape[0]}"):
         image.facts(str(path), picture.shape[0] * picture.shape[1] - 1)
     assert image.facts(str(path), picture.size).width == picture.shape[1]
+
+
+# --- what is turned away ------------------------------------------------------------------------
+
+
+def box(kind, *parts):
+    """A box of ISO/IEC 14496-12."""
+    return struct.pack(">I4s", 8 + sum(map(len, parts)), kind) + b"".join(parts)
+
+
+def full_box(kind, version, flags, *parts):
+    return box(kind, struct.pack(">I", version << 24 | flags), *parts)
+
+
+def write_heic(path, tile):
+    """A picture of two by two tiles, each coded in HEVC: ISO/IEC 23008-12, 6.6.2.3."""
+    height, width = tile.shape[:2]
+    quiet = {"x265-params": "log-level=none"}
+    mp4 = encode(path.with_suffix(".mp4"), [tile] * 5, "libx265", options=quiet).read_bytes()
+    at = mp4.index(b"hvcC") - 4
+    hevc = mp4[at : at + struct.unpack(">I", mp4[at : at + 4])[0]]
+    with av.open(str(path.with_suffix(".mp4"))) as container:
+        coded = bytes(next(p for p in container.demux(video=0) if p.is_keyframe))
+    grid = bytes([0, 0, 1, 1]) + struct.pack(">HH", 2 * width, 2 * height)
+    items = [(1, b"grid", 0, grid), *((n, b"hvc1", 1, coded) for n in range(2, 6))]
+    names = [
+        full_box(b"infe", 2, hidden, struct.pack(">HH4s", n, 0, kind), b"\0")
+        for n, kind, hidden, _ in items
+    ]
+    sizes = [
+        full_box(b"ispe", 0, 0, struct.pack(">II", w, h))
+        for w, h in ((width, height), (2 * width, 2 * height))
+    ]
+    uses = [struct.pack(">HBB", 1, 1, 0x83)]
+    uses += [struct.pack(">HBBB", n, 2, 0x81, 0x82) for n in range(2, 6)]
+
+    def written(offset):
+        places = []
+        for n, _, _, data in items:
+            places.append(struct.pack(">HHHII", n, 0, 1, offset, len(data)))
+            offset += len(data)
+        return box(b"ftyp", b"heic", bytes(4), b"mif1", b"heic") + full_box(
+            b"meta", 0, 0,
+            full_box(b"hdlr", 0, 0, struct.pack(">I4s12x", 0, b"pict"), b"\0"),
+            full_box(b"pitm", 0, 0, struct.pack(">H", 1)),
+            full_box(b"iinf", 0, 0, struct.pack(">H", len(items)), *names),
+            full_box(b"iref", 0, 0, box(b"dimg", struct.pack(">HH4H", 1, 4, 2, 3, 4, 5))),
+            box(b"iprp", box(b"ipco", hevc, *sizes),
+                full_box(b"ipma", 0, 0, struct.pack(">I", len(uses)), *uses)),
+            full_box(b"iloc", 0, 0, b"\x44\0", struct.pack(">H", len(items)), *places),
+        )  # fmt: skip
+
+    head = written(len(written(0)) + 8)
+    path.write_bytes(head + box(b"mdat", *(data for *_, data in items)))
+
+
+def test_a_heic_photo_is_turned_away_and_not_scored_by_one_of_its_tiles(tmp_path, picture):
+    path = tmp_path / "photo.heic"
+    write_heic(path, np.ascontiguousarray(picture[:64, :64]))
+    with av.open(str(path)) as container:  # what FFmpeg makes of it
+        assert [(s.width, s.height) for s in container.streams.video] == [(64, 64)] * 4
+    for opened in (
+        lambda: probe(str(path), SampleSpec("uniform", 16), PIXELS),
+        lambda: decode(path),
+    ):
+        with pytest.raises(UnsupportedCodec, match=r"photo\.heic: HEIC.*JPEG, PNG or AVIF"):
+            opened()
+
+
+@pytest.mark.parametrize(
+    ("major", "compatible", "kind", "turned_away"),
+    [
+        (b"heic", b"mif1heic", "image", True),
+        (b"mif1", b"mif1heicmiaf", "image", True),
+        (b"msf1", b"msf1hevciso8", "image", True),
+        (b"avif", b"avifmif1miaf", "image", False),
+        (b"avis", b"avismsf1mif1", "image", False),
+        (b"mif1", b"mif1avifmiaf", "image", False),
+        (b"mp42", b"mif1heicisommp42", "video", False),  # a video with a cover
+        (b"qt  ", b"qt  ", "video", False),
+    ],
+)
+def test_the_brands_of_an_iso_file_tell_pictures_from_videos(
+    tmp_path, major, compatible, kind, turned_away
+):
+    path = tmp_path / "a.iso"
+    path.write_bytes(box(b"ftyp", major, bytes(4), compatible))
+    assert kind_of(path.read_bytes()) == kind
+    with pytest.raises((DecodeError, UnsupportedCodec)) as caught:
+        image.facts(str(path), PIXELS)
+    assert ("HEIC" in str(caught.value)) == turned_away
+
+
+def test_a_video_with_a_picture_among_its_compatible_brands_stays_a_video(tmp_path, picture):
+    path = encode(tmp_path / "film.mp4", [picture] * 5)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"iso2", b"mif1", 1))
+    assert data[:32].count(b"iso2") == 1
+    assert probe(str(path), SampleSpec("all"), PIXELS).facts.kind == "video"
