@@ -10,7 +10,7 @@ from typing import IO, Any, Literal
 import av
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.errors import DecodeError, TooLarge, UnsupportedCodec
@@ -37,13 +37,13 @@ def sniff(head: bytes) -> bool:
     """Whether the first bytes are those of an image format, be it one that is turned away."""
     if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
         return True
-    if head[:4] in (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"):
+    if head[:4] in _TIFF_MAGIC:
         return True
     if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
         return True
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return True
-    return _is_avif(head) or _is_heif(head)
+    return _is_avif(head) or _is_heif(head) or _is_cr3(head)
 
 
 def facts(url: str, max_pixels: int) -> ImageFacts:
@@ -77,7 +77,10 @@ _HEIF_BRANDS = (
 )  # fmt: skip
 _HEAD_BYTES = 64
 _EXIF_ORIENTATION = 0x0112
+_TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+_TIFF_NEW_SUBFILE_TYPE, _TIFF_REDUCED = 254, 1
 _TIFF_BITS_PER_SAMPLE = 258
+_DNG_VERSION = 50706
 _DEEP_OPTIONS = {"format_whitelist": "png_pipe,tiff_pipe", "protocol_whitelist": "file"}
 
 
@@ -91,17 +94,15 @@ class _opened:
         try:
             with _rewound(self.source) as file:
                 head = file.read(_HEAD_BYTES)
-            if _is_heif(head):
-                raise UnsupportedCodec(
-                    f"{self.url}: HEIC (HEIF) is not read here. Convert it to JPEG, PNG or AVIF."
-                )
+                if objection := _objection(head, file):
+                    raise UnsupportedCodec(f"{self.url}: {objection}")
             self._check(*_webp_size(head))  # Pillow allocates a WebP as it opens it
             # The limit is checked below, before any pixel is decoded; Pillow's own would warn.
             Image.MAX_IMAGE_PIXELS = None
             self.image = Image.open(self.source, formats=FORMATS)
         except UnidentifiedImageError as error:
             raise DecodeError(f"{self.url}: damaged image, its header is unreadable.") from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, OverflowError) as error:
             raise DecodeError(f"{self.url}: damaged image ({error}).") from error
         try:
             self._check(*self.image.size)
@@ -138,6 +139,35 @@ def _is_avif(head: bytes) -> bool:
 
 def _is_heif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and not _is_avif(head)
+
+
+def _is_cr3(head: bytes) -> bool:
+    return head[4:12] == b"ftypcrx "
+
+
+def _objection(head: bytes, file: IO[bytes]) -> str | None:
+    """Why an image is turned away, although something in it could be read; None when it is not."""
+    if _is_heif(head):
+        return "HEIC (HEIF) is not read here. Convert it to JPEG, PNG or AVIF."
+    if _is_cr3(head) or (head[:4] in _TIFF_MAGIC and _holds_a_preview(head, file)):
+        return (
+            "camera RAW, in which only a preview could be read. Develop it first, to TIFF or PNG."
+        )
+    return None
+
+
+def _holds_a_preview(head: bytes, file: IO[bytes]) -> bool:
+    """Whether the first picture of a TIFF is a reduced one, as in DNG, NEF, ARW and CR2."""
+    if head[8:11] == b"CR\x02":
+        return True
+    if len(head) < _HEAD_BYTES:
+        return False
+    is_big = head[2] == 43
+    first = TiffImagePlugin.ImageFileDirectory_v2(head[: 16 if is_big else 8])
+    file.seek(first.next)
+    first.load(file)
+    subfile = first.get(_TIFF_NEW_SUBFILE_TYPE)
+    return _DNG_VERSION in first or (isinstance(subfile, int) and bool(subfile & _TIFF_REDUCED))
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from jobs.sample_media import encode
 from pipeline.errors import DecodeError, TooLarge, UnsupportedCodec
@@ -197,6 +197,68 @@ def test_a_heic_photo_is_turned_away_and_not_scored_by_one_of_its_tiles(tmp_path
     ):
         with pytest.raises(UnsupportedCodec, match=r"photo\.heic: HEIC.*JPEG, PNG or AVIF"):
             opened()
+
+
+def write_tiff(path, picture, tags, **options):
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        directory[tag] = value
+    Image.fromarray(picture).save(path, format="TIFF", tiffinfo=directory, **options)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {254: 1},  # NewSubfileType: a reduced picture, as NEF and ARW begin with
+        {254: 3},
+        {50706: bytes([1, 4, 0, 0])},  # DNGVersion
+        {254: 0, 50706: bytes([1, 7, 0, 0])},
+    ],
+)
+@pytest.mark.parametrize("big_tiff", [False, True])
+def test_camera_raw_is_turned_away_and_not_scored_by_its_thumbnail(
+    tmp_path, picture, tags, big_tiff
+):
+    path = tmp_path / "photo.raw"
+    write_tiff(path, picture, tags, big_tiff=big_tiff)
+    assert_is_raw(path)
+
+
+@pytest.mark.parametrize(
+    "head", [b"II*\0\x10\0\0\0CR\x02\0", box(b"ftyp", b"crx ", bytes(4), b"crx isom")]
+)
+def test_canons_camera_raw_is_known_by_its_first_bytes(tmp_path, head):
+    path = tmp_path / "photo.raw"
+    path.write_bytes(head + bytes(1000))
+    assert_is_raw(path)
+
+
+def assert_is_raw(path):
+    assert kind_of(path.read_bytes()) == "image"
+    for opened in (lambda: image.facts(str(path), PIXELS), lambda: decode(path)):
+        with pytest.raises(UnsupportedCodec, match=r"photo\.raw: camera RAW.*TIFF or PNG"):
+            opened()
+
+
+@pytest.mark.parametrize("tags", [{}, {254: 0}, {254: 2}])
+def test_a_tiff_of_several_pages_or_sizes_is_its_first_picture(tmp_path, picture, tags):
+    """A page of a document, or the full size of a pyramid, has no thumbnail's mark."""
+    smaller = Image.fromarray(picture[::2, ::2])
+    smaller.encoderinfo = {"tiffinfo": {254: 1}}
+    write_tiff(tmp_path / "a.tiff", picture, tags, save_all=True, append_images=[smaller])
+    with Image.open(tmp_path / "a.tiff") as pages:
+        pages.seek(1)
+        assert pages.tag_v2[254] == 1
+    assert np.array_equal(decode(tmp_path / "a.tiff"), picture)
+
+
+@pytest.mark.parametrize("offset", [2**32 - 1, 2**64 - 1, 2**63])
+def test_a_tiff_whose_directory_is_beyond_its_end_is_damaged(tmp_path, offset):
+    path = tmp_path / "a.tiff"
+    head = b"II*\0" + struct.pack("<I", offset) if offset < 2**32 else b""
+    path.write_bytes((head or b"II+\0\x08\0\0\0" + struct.pack("<Q", offset)) + bytes(100))
+    with pytest.raises(DecodeError, match=r"a\.tiff: damaged"):
+        decode(path)
 
 
 @pytest.mark.parametrize(
