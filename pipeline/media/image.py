@@ -80,6 +80,7 @@ _EXIF_ORIENTATION = 0x0112
 _TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _TIFF_NEW_SUBFILE_TYPE, _TIFF_REDUCED = 254, 1
 _TIFF_BITS_PER_SAMPLE = 258
+_TIFF_TILE_WIDTH = 322
 _DNG_VERSION = 50706
 _DEEP_OPTIONS = {"format_whitelist": "png_pipe,tiff_pipe", "protocol_whitelist": "file"}
 
@@ -217,8 +218,19 @@ def _flatten(image: Image.Image, background: Background) -> RGB:
 
 
 def _decode_deep(url: str, source: Any, image: Image.Image, background: Background) -> RGB:
-    """16-bit PNG and TIFF: Pillow would cut them to 8 bits, or refuse; FFmpeg reads them whole."""
+    """16-bit PNG and TIFF: Pillow would cut them to 8 bits, or refuse; FFmpeg reads them whole.
+
+    Whether they are whole is Pillow's to say: where a strip of a TIFF is damaged, FFmpeg leaves the
+    rest of it blank, and told to be strict it also turns away every tag that it does not know.
+    Raises OSError, SyntaxError or ValueError for damage, else UnsupportedCodec.
+    """
+    unsupported = UnsupportedCodec(
+        f"{url}: no decoder for this {_bits(image)}-bit image. Save it as a PNG of 16 bits."
+    )
+    if _TIFF_TILE_WIDTH in getattr(image, "tag_v2", {}):  # FFmpeg takes such a picture for black
+        raise unsupported
     orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    image.load()
     # From memory: by its name, FFmpeg could take a file for a pattern of a sequence of files.
     if isinstance(source, str):
         data = Path(source).read_bytes()
@@ -231,7 +243,7 @@ def _decode_deep(url: str, source: Any, image: Image.Image, background: Backgrou
             frame = next(container.decode(video=0))
             deep = frame.reformat(format="rgba64le").to_ndarray()
     except (av.error.FFmpegError, StopIteration, ValueError) as error:
-        raise UnsupportedCodec(f"{url}: no decoder for this {_bits(image)}-bit image.") from error
+        raise unsupported from error
     return _upright(_over(deep, background), orientation)
 
 

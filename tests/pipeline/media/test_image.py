@@ -111,6 +111,68 @@ def test_a_truncated_image_is_an_error_not_a_grey_half(tmp_path, picture):
         decode(path)
 
 
+def smooth_16_bits(height, width):
+    """A picture that compresses, but not to nothing."""
+    steps = np.random.default_rng(0).integers(-300, 301, (height, width))
+    return (np.cumsum(steps, axis=1) % 65536).astype(np.uint16)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+def test_a_damaged_image_of_16_bits_is_an_error_not_half_a_picture(tmp_path, name):
+    deep = smooth_16_bits(300, 400)
+    exif = Image.Exif()
+    exif[0x0112] = 1  # in a PNG it comes before the pixels, and is read without them
+    options = {"compression": "tiff_lzw"} if name == "a.tiff" else {"exif": exif}
+    Image.fromarray(deep).save(tmp_path / name, **options)
+    assert np.array_equal(decode(tmp_path / name)[..., 0], np.rint(deep / 257))
+    data = bytearray((tmp_path / name).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 200] = b"\xff" * 200
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DecodeError, match=f"{name}: damaged"):
+        decode(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff"])
+def test_an_image_of_16_bits_that_is_cut_off_is_damaged_not_unsupported(tmp_path, name):
+    Image.fromarray(smooth_16_bits(300, 400)).save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    for share in (0.9, 0.5):
+        (tmp_path / name).write_bytes(data[: int(share * len(data))])
+        with pytest.raises(DecodeError, match=f"{name}: damaged"):
+            decode(tmp_path / name)
+
+
+@pytest.mark.parametrize("options", [{"compression": "lzma"}, {"big_tiff": True}])
+def test_a_whole_tiff_of_16_bits_that_ffmpeg_cannot_read_is_unsupported(tmp_path, options):
+    Image.fromarray(smooth_16_bits(40, 60)).save(tmp_path / "a.tiff", **options)
+    with pytest.raises(UnsupportedCodec, match=r"a\.tiff: no decoder for this 16-bit image"):
+        decode(tmp_path / "a.tiff")
+
+
+def test_a_tiff_of_16_bits_may_say_at_what_resolution_it_was_scanned(tmp_path):
+    """A tag that FFmpeg does not know, of which it makes an error when it is to be strict."""
+    deep = smooth_16_bits(40, 60)
+    Image.fromarray(deep).save(tmp_path / "a.tiff", dpi=(300, 300))
+    with Image.open(tmp_path / "a.tiff") as scan:
+        assert scan.tag_v2[296] == 2  # ResolutionUnit: inches
+    assert np.array_equal(decode(tmp_path / "a.tiff")[..., 0], np.rint(deep / 257))
+
+
+def test_a_tiled_tiff_of_16_bits_is_unsupported_and_not_a_black_picture(tmp_path):
+    tile = np.full((16, 16), 40_000, "<u2").tobytes()
+    tags = [
+        (256, 16), (257, 16), (258, 16), (259, 1), (262, 1), (277, 1), (322, 16), (323, 16),
+        (324, 8 + 2 + 10 * 12 + 4), (325, len(tile)),
+    ]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    (tmp_path / "a.tiff").write_bytes(head + directory + bytes(4) + tile)
+    assert image.facts(str(tmp_path / "a.tiff"), PIXELS).bits == 16
+    with pytest.raises(UnsupportedCodec, match=r"a\.tiff: no decoder"):
+        decode(tmp_path / "a.tiff")
+
+
 def test_a_hundred_megapixels_are_refused_from_the_header_alone(tmp_path):
     path = tmp_path / "huge.png"
     Image.new("1", (12_000, 9_000)).save(path)
@@ -252,6 +314,7 @@ def test_a_tiff_of_several_pages_or_sizes_is_its_first_picture(tmp_path, picture
     assert np.array_equal(decode(tmp_path / "a.tiff"), picture)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("offset", [2**32 - 1, 2**64 - 1, 2**63])
 def test_a_tiff_whose_directory_is_beyond_its_end_is_damaged(tmp_path, offset):
     path = tmp_path / "a.tiff"
