@@ -133,8 +133,10 @@ def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
     """Full-range RGB, uint8 [H,W,3], upright. The look's matrix must be one without objection."""
     depth = min(frame.format.components[0].bits, 16)
     linear = look.hdr is not None or look.gamut_mapped
-    # To 8 bits, swscale takes the top of a full-range 10-bit scale for 1020, not 1023.
-    deep = linear or (look.full_range and depth > 8)
+    # To swscale gray is full-range, whatever it is told; and to 8 bits it takes the top of a
+    # full-range 10-bit scale for 1020, not 1023.
+    narrow_gray = _is_gray(frame) and not look.full_range
+    deep = linear or narrow_gray or (look.full_range and depth > 8)
     # To planes, swscale is five times as fast as to pixels, with the same result.
     converted = reformatter.reformat(
         frame,
@@ -147,13 +149,18 @@ def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
     )
     red, green, blue = _planes(converted, np.dtype("<u2") if deep else np.dtype(np.uint8))
     # swscale widens full-range values by a shift, and takes limited-range white for 255 x 256.
-    top = ((1 << depth) - 1) << (16 - depth) if look.full_range else 255 << 8
+    if look.full_range:
+        bottom, top = 0, ((1 << depth) - 1) << (16 - depth)
+    elif narrow_gray:  # ITU-R BT.709-6, quantisation: 16 and 235, times 2 to the depth - 8
+        bottom, top = 16 << 8, 235 << 8
+    else:
+        bottom, top = 0, 255 << 8
     if linear:
-        image = tonemap.to_bt709(red, green, blue, _light(look), top)
+        image = tonemap.to_bt709(red, green, blue, _light(look), bottom, top)
     else:
         image = np.empty((*red.shape, 3), np.uint8)
         for index, plane in enumerate((red, green, blue)):
-            image[:, :, index] = _rounding_table(top)[plane] if deep else plane
+            image[:, :, index] = _rounding_table(bottom, top)[plane] if deep else plane
     return upright(image, look.rotation, look.mirrored)
 
 
@@ -164,6 +171,12 @@ def upright(image: RGB, rotation: int, mirrored: bool) -> RGB:
     return np.ascontiguousarray(np.rot90(image, (-rotation // 90) % 4))
 
 
+def _is_gray(frame: VideoFrame) -> bool:
+    """Whether a frame has luma alone, of 8 to 16 bits: not a palette, bits or floats."""
+    luma = [c.bits for c in frame.format.components if not c.is_alpha]
+    return len(luma) == 1 and 8 <= luma[0] <= 16 and not frame.format.has_palette
+
+
 def _planes(frame: VideoFrame, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
     """Red, green and blue of a planar RGB frame, which has them in the order G, B, R; views."""
     planes = [np.frombuffer(memoryview(p), dtype).reshape(frame.height, -1) for p in frame.planes]
@@ -171,9 +184,9 @@ def _planes(frame: VideoFrame, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _rounding_table(top: int) -> RGB:
-    """From a 16-bit code to an 8-bit one, `top` being white."""
-    codes = np.minimum(np.arange(1 << 16) / top, 1)
+def _rounding_table(bottom: int, top: int) -> RGB:
+    """From a 16-bit code to an 8-bit one, `bottom` being black and `top` white."""
+    codes = np.clip((np.arange(1 << 16) - bottom) / (top - bottom), 0, 1)
     return np.asarray(np.rint(255 * codes), np.uint8)
 
 

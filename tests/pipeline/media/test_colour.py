@@ -18,6 +18,7 @@ from benchmarks.colour import (
     centres,
     coded,
     decoded,
+    gray_error,
     hdr_error,
     hdr_expected,
     patches,
@@ -56,6 +57,52 @@ def test_the_table_of_the_page_is_what_is_measured():
         for subsampling, cell in zip(SUBSAMPLINGS, cells.split(" | "), strict=True):
             found = sdr_error(Signal(matrix, span == "full", int(depth), subsampling))
             assert float(cell) == pytest.approx(found, abs=0.1)
+
+
+def test_the_table_of_gray_video_is_what_is_measured():
+    rows = re.findall(r"^\| (limited|full) \| (.+) \|$", PAGE, re.M)
+    assert [span for span, _ in rows] == ["limited", "full"]
+    for span, cells in rows:
+        for depth, cell in zip(DEPTHS, cells.split(" | "), strict=True):
+            found = gray_error(span == "full", depth)
+            assert found <= 0.51
+            assert float(cell) == pytest.approx(found, abs=0.01)
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+@pytest.mark.parametrize(("span", "black", "white"), [(0, 16, 235), (1, 16, 235), (2, 0, 255)])
+def test_gray_video_of_limited_range_is_expanded(tmp_path, depth, span, black, white):
+    """HEVC 4:0:0; a range that is not tagged is limited, as everywhere."""
+    name, dtype = ("gray", "u1") if depth == 8 else (f"gray{depth}le", "<u2")
+    top = (1 << depth) - 1 if span == 2 else white << (depth - 8)
+    with av.open(str(tmp_path / "gray.mp4"), "w") as container:
+        options = {"x265-params": "log-level=none:lossless=1"}
+        stream = container.add_stream("libx265", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, name
+        stream.codec_context.color_range = span
+        for index in range(5):
+            frame = av.VideoFrame(128, 64, name)
+            (plane,) = frame.planes
+            codes = np.full((64, plane.line_size // np.dtype(dtype).itemsize), top, dtype)
+            codes[:, :64] = black << (depth - 8)
+            plane.update(codes.tobytes())
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    found = decode_at(str(tmp_path / "gray.mp4"), [0.0], [1.0], LIMITS)
+    assert (found.look.pix_fmt, found.look.full_range) == (name, span == 2)
+    assert (found.shots[0].rgb[:, :64] == 0).all()
+    assert (found.shots[0].rgb[:, 64:] == 255).all()
+
+
+def test_hdr_gray_of_limited_range_is_black_at_the_bottom_and_white_at_the_top():
+    frame = blank(16, 128, "gray10le", color_trc=16, color_range=1)
+    codes = np.full((16, frame.planes[0].line_size // 2), 940, "<u2")
+    codes[:, :64] = 64
+    frame.planes[0].update(codes.tobytes())
+    rgb = to_rgb(frame, look_of(frame), VideoReformatter())
+    assert (rgb[:, :64] == 0).all()
+    assert (rgb[:, 64:] == 255).all()
 
 
 @pytest.mark.parametrize(
