@@ -89,7 +89,6 @@ def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] 
         "version": SCORING_VERSION,
         "weights": weights.sha256,
         "sample": config.sample,
-        "alpha": config.alpha,
         "policy": asdict(config.policy),
         "precision": config.precision,
         "short_side": weights.card.short_side,

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -14,9 +14,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.errors import DecodeError, TooLarge, UnsupportedCodec
-from pipeline.media.colour import RGB
-
-Background = Literal["black", "white"]
+from pipeline.media.colour import RGB, Background
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")
 """What Pillow may try to open; anything else is not an image to us."""
