@@ -43,7 +43,7 @@ from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
 # Counts up when decoding, colour or sampling changes what a score is of.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 _ROWS_PER_GROUP = 8192
 # Renditions of one reference frame that are decoded, and held, together.
 MOST_RENDITIONS = 8
@@ -97,7 +97,6 @@ def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] 
         "version": SCORING_VERSION,
         "weights": weights.sha256,
         "sample": config.sample,
-        "alpha": config.alpha,
         "policy": asdict(config.policy),
         "precision": config.precision,
         "short_side": weights.card.short_side,

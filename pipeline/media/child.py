@@ -22,7 +22,7 @@ from av.video.frame import VideoFrame
 
 from pipeline.errors import DecodeMemory, InternalError, MediaError
 from pipeline.media import decode, image, probe, wire
-from pipeline.media.colour import RGB, Policy
+from pipeline.media.colour import RGB, Background, Policy
 from pipeline.media.planes import Planes, upright_planes
 from pipeline.media.sample import SampleSpec
 from pipeline.media.scale import scaled
@@ -126,7 +126,7 @@ def _decode_image(
     frames: "_FrameFile",
     url: str,
     max_pixels: int,
-    alpha: image.Background,
+    alpha: Background,
     size: tuple[int, int] | None,
 ) -> dict[str, Any]:
     frames.write(image.decode(url, max_pixels, alpha), size)

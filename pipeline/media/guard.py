@@ -30,8 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.media import wire
 from pipeline.media.align import Track
-from pipeline.media.colour import DEFAULT_POLICY, Look, Policy
-from pipeline.media.image import Background
+from pipeline.media.colour import DEFAULT_POLICY, Background, Look, Policy
 from pipeline.media.planes import Planes
 from pipeline.media.probe import Facts, Probe
 from pipeline.media.sample import Timeline
