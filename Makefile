@@ -27,7 +27,7 @@ chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
 	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \
 	  tests/cluster/test_kills.py tests/pipeline/media/test_fuzz.py
 
-bench: env  ## every benchmark; results in benchmarks/results
+bench: env  ## the benchmarks of speed; results in benchmarks/results
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
 	$(BIN)/python benchmarks/guard.py

@@ -55,6 +55,8 @@ def distort(
     """
     from topiq_core.errors import TopiqError
 
+    if side % 2:
+        raise typer.BadParameter(f"--side {side}: it must be even, as video is.")
     settings = Settings(seed, side, coded, compressed, others)
     files = _files(photos, best)
     if not files:
@@ -72,6 +74,7 @@ def distort(
 
 def _files(photos: Sequence[Path], best: int) -> list[Path]:
     """The photos, in a fixed order."""
+    from topiq_core.errors import TopiqError
     from topiq_core.training.ratings import read_ratings
 
     out: list[Path] = []
@@ -81,8 +84,10 @@ def _files(photos: Sequence[Path], best: int) -> list[Path]:
         elif path.suffix == ".csv":
             rated = sorted(read_ratings(path, (0, 1)), key=lambda r: (-r.mos, r.path.name))
             out += [rating.path for rating in rated[:best]]
-        else:
+        elif path.is_file():
             out.append(path)
+        else:
+            raise TopiqError(f"{path}: no such picture, folder or CSV.")
     return out
 
 

@@ -359,8 +359,36 @@ def _read_table(file: Any, suffix: str) -> pa.Table:
     if suffix == ".parquet":
         return pq.read_table(file)
     if suffix == ".csv":
-        return pacsv.read_csv(file)
+        return _read_csv(file)
     return pajson.read_json(file)
+
+
+def _read_csv(file: Any) -> pa.Table:
+    """A CSV with its types guessed, but for names that look like numbers: `007` stays text.
+
+    So does a column in which nothing stands.
+    """
+    data = file.read()
+    guessed = pacsv.read_csv(pa.BufferReader(data))
+    doubtful = [
+        field.name
+        for field in guessed.schema
+        if pa.types.is_integer(field.type) or pa.types.is_null(field.type)
+    ]
+    if not doubtful or len(set(guessed.column_names)) < guessed.num_columns:
+        return guessed
+    convert = pacsv.ConvertOptions(
+        include_columns=doubtful,
+        column_types=dict.fromkeys(doubtful, pa.string()),
+        strings_can_be_null=True,
+    )
+    texts = pacsv.read_csv(pa.BufferReader(data), convert_options=convert)
+    for name in doubtful:
+        index, text = guessed.column_names.index(name), texts[name]
+        is_name = pc.any(pc.match_substring_regex(text, r"^\s*[-+]?0\d|^\s*\+")).as_py()
+        if is_name or pa.types.is_null(guessed.schema.field(name).type):
+            guessed = guessed.set_column(index, name, text)
+    return guessed
 
 
 def _resolved(uri: str, base: str) -> str:

@@ -61,6 +61,7 @@ def quieten() -> None:
     # Both are part of the version of Ray that is pinned; what replaces them comes with the next.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks.*")
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors.*")
 
 
 def connect(config: Config) -> None:
@@ -86,14 +87,20 @@ def connect(config: Config) -> None:
             f"of {store} too little is left to decode and score. Lower object_store_bytes, or take "
             "a larger machine."
         )
-    ray.init(
-        address="local",
-        num_cpus=local_cpus() + SPARE_CPUS,
-        object_store_memory=store,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=local_cpus() + SPARE_CPUS,
+            object_store_memory=store,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray raises nothing more special
+        raise RunError(
+            f"Ray did not start on this machine ({error}). It gives up after half a minute or so: "
+            "when the machine is very busy, try again later."
+        ) from error
 
 
 def _await_nodes(config: Config) -> None:

@@ -69,7 +69,10 @@ def speed_of_run(file: Path) -> Speed:
         per_worker = stage["pixels_per_s"] / stage["workers"]
         return Speed(float(per_worker), f"of a scorer in {file}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not the run.json of a run that scored anything.") from error
+        raise ConfigError(
+            f"{file}: not the run.json of a run that scored anything. Those of an output's earlier "
+            "runs are in its runs/."
+        ) from error
 
 
 def describe(planned: PlanCounts, left: tuple[int, int], speed: Speed, devices: int) -> str:

@@ -70,6 +70,11 @@ def rated_rows(
                 mos = float(row["mos"])
                 if not math.isfinite(mos):
                     raise RatingsError(f"{place}: {mos} is no rating.")
+                if not min(low, high) <= mos <= max(low, high):
+                    raise RatingsError(
+                        f"{place}: {mos:g} is not on the rating scale from {low:g} to {high:g}. "
+                        "Say which one it is on with --mos-low and --mos-high."
+                    )
                 yield place, row, (mos - low) / (high - low)
     except (OSError, ValueError) as error:
         raise RatingsError(f"{path}: {error}") from error
