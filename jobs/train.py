@@ -197,10 +197,8 @@ def train(
     if mode is Mode.FR:
         architecture = Architecture("fr", "mobilenet_v2", 128, heads=4, gate_dim=32)
     else:
-        # One number of tokens for all crops: scores depend on it.
-        smallest = min(recipe.crop, recipe.pair_crop) if pairs else recipe.crop
         architecture = Architecture(
-            "nr", "mobilenet_v2", 128, 2, 16, outputs, grid=smallest // 2**LEVELS
+            "nr", "mobilenet_v2", 128, 2, 16, outputs, grid=recipe.crop // 2**LEVELS
         )
     if (backbone is None) == (start is None):
         raise typer.BadParameter("give either --backbone, or --start with a model to go on from.")
