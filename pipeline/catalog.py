@@ -373,7 +373,9 @@ def _read_csv(file: Any) -> pa.Table:
     doubtful = [
         field.name
         for field in guessed.schema
-        if pa.types.is_integer(field.type) or pa.types.is_null(field.type)
+        if pa.types.is_integer(field.type)
+        or pa.types.is_floating(field.type)
+        or pa.types.is_null(field.type)
     ]
     if not doubtful or len(set(guessed.column_names)) < guessed.num_columns:
         return guessed
@@ -385,10 +387,14 @@ def _read_csv(file: Any) -> pa.Table:
     texts = pacsv.read_csv(pa.BufferReader(data), convert_options=convert)
     for name in doubtful:
         index, text = guessed.column_names.index(name), texts[name]
-        is_name = pc.any(pc.match_substring_regex(text, r"^\s*[-+]?0\d|^\s*\+")).as_py()
+        is_name = pc.any(pc.match_substring_regex(text, _NAME_OF_DIGITS)).as_py()
         if is_name or pa.types.is_null(guessed.schema.field(name).type):
             guessed = guessed.set_column(index, name, text)
     return guessed
+
+
+# Leading zeros, a plus, or more digits than an integer has.
+_NAME_OF_DIGITS = r"^\s*(?:-?0\d|\+|-?\d{19})"
 
 
 def _resolved(uri: str, base: str) -> str:

@@ -97,6 +97,14 @@ def test_a_user_error_is_one_clear_line_and_exit_code_1(tmp_path, folder, argume
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_filter_does_not_write_among_the_tables(scored):
+    out, _ = scored
+    done = topiq("filter", out, "--where", "true", "--to", out / "scores/keep.parquet")
+    assert done.returncode == 1
+    assert "lies among the output's own tables" in done.stderr
+    assert not (out / "scores/keep.parquet").exists()
+
+
 def test_filter_keeps_what_the_condition_says_and_counts_it(scored, tmp_path):
     out, _ = scored
     best = duckdb.sql(f"SELECT max(score) FROM '{out}/scores/*.parquet'").fetchall()[0][0]

@@ -299,6 +299,17 @@ def test_an_absent_ratings_file_is_named(tmp_path):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(("scale", "refused"), [((1, 5), False), ((5, 1), False), ((1, 3), True)])
+def test_a_rating_off_its_scale_is_refused_by_line(tmp_path, scale, refused):
+    path = tmp_path / "r.csv"
+    path.write_text("image,mos\na.png,2\nb.png,4.5\n")
+    if not refused:
+        assert [0 <= r.mos <= 1 for r in read_ratings(path, scale)] == [True, True]
+        return
+    with pytest.raises(RatingsError, match=r"r\.csv:3: 4\.5 is not .* 1 to 3.*--mos-high"):
+        read_ratings(path, scale)
+
+
 def test_an_empty_rating_scale_is_refused(tmp_path):
     path = tmp_path / "ratings.csv"
     path.write_text("image,mos\na.jpg,3\n")
