@@ -21,13 +21,13 @@ demo: env  ## make a small catalog, score it, print the table
 	$(BIN)/python -m jobs.demo
 
 test: env lint  ## lint, types, and every test that protects a promise
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
 	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \
 	  tests/cluster/test_kills.py tests/pipeline/media/test_fuzz.py
 
-bench: env  ## every benchmark; results in benchmarks/results
+bench: env  ## the benchmarks of speed; results in benchmarks/results
 	$(BIN)/python benchmarks/startup.py --json benchmarks/results/startup.json
 	$(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
 	$(BIN)/python benchmarks/guard.py

@@ -125,6 +125,18 @@ def sdr_error(signal: Signal) -> float:
     return float(np.abs(centres(patches(signal, yuv)) - expected).max())
 
 
+def gray_error(full: bool, depth: int) -> float:
+    """The largest error over all codes of 4:0:0 video, in levels."""
+    codes = np.arange(2**depth).reshape(-1, 256)
+    frame = av.VideoFrame(256, len(codes), "gray" if depth == 8 else f"gray{depth}le")
+    frame.planes[0].update(codes.astype(np.uint8 if depth == 8 else "<u2").tobytes())
+    frame.colorspace, frame.color_range = 1, 2 if full else 1
+    black, white, *_ = Signal("bt709", full, depth, "400").ranges()
+    expected = 255 * np.clip((codes - black) / (white - black), 0, 1)
+    rgb = to_rgb(frame, look_of(frame), VideoReformatter())
+    return float(np.abs(rgb - expected[:, :, None]).max())
+
+
 # --- HDR ----------------------------------------------------------------------------------------
 
 HDR_SIGNAL = Signal("bt2020", full=False, depth=10, subsampling="420")
@@ -214,6 +226,12 @@ def main() -> None:
         errors = [sdr_error(Signal(matrix, full, depth, s)) for s in SUBSAMPLINGS]
         cells = " | ".join(f"{error:.2f}" for error in errors)
         print(f"| {matrix} | {'full' if full else 'limited'} | {depth} | {cells} |")
+    print(
+        "\n| 4:0:0 |" + "".join(f" {depth} bits |" for depth in DEPTHS) + "\n|---|---|---|---|---|"
+    )
+    for span in ("limited", "full"):
+        cells = " | ".join(f"{gray_error(span == 'full', depth):.2f}" for depth in DEPTHS)
+        print(f"| {span} | {cells} |")
     print("\n| HDR | error |\n|---|---|")
     for transfer in TRANSFERS:
         print(f"| {transfer} | {hdr_error(transfer):.2f} |")

@@ -1,5 +1,6 @@
 """What a run says while it works: a live line on a terminal, log lines elsewhere, or JSON."""
 
+import contextlib
 import json
 import os
 import sys
@@ -34,7 +35,8 @@ class Events:
         """One event: see docs/events.md."""
         if self.as_json:
             line = {"event": name, "time": round(time.time(), 3), **fields}
-            print(json.dumps(line), file=self.stdout, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+                print(json.dumps(line), file=self.stdout, flush=True)
             return
         show = getattr(self, f"_{name}", None)
         if show is not None:

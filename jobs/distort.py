@@ -55,10 +55,13 @@ def distort(
     """
     from topiq_core.errors import TopiqError
 
+    if side % 2:
+        raise typer.BadParameter(f"--side {side}: it must be even, as video is.")
     settings = Settings(seed, side, coded, compressed, others)
     files = _files(photos, best)
     if not files:
         raise TopiqError("no photos there. Name pictures, a folder of them, or a CSV.")
+    _refuse_namesakes(files)
     output.mkdir(parents=True, exist_ok=True)
     tasks = [(file, output, settings) for file in files]
     made: list[dict[str, Any]] = []
@@ -71,6 +74,7 @@ def distort(
 
 def _files(photos: Sequence[Path], best: int) -> list[Path]:
     """The photos, in a fixed order."""
+    from topiq_core.errors import TopiqError
     from topiq_core.training.ratings import read_ratings
 
     out: list[Path] = []
@@ -80,9 +84,22 @@ def _files(photos: Sequence[Path], best: int) -> list[Path]:
         elif path.suffix == ".csv":
             rated = sorted(read_ratings(path, (0, 1)), key=lambda r: (-r.mos, r.path.name))
             out += [rating.path for rating in rated[:best]]
-        else:
+        elif path.is_file():
             out.append(path)
+        else:
+            raise TopiqError(f"{path}: no such picture, folder or CSV.")
     return out
+
+
+def _refuse_namesakes(files: Sequence[Path]) -> None:
+    """Pairs are named after the file that they were made from, and training tells photos by it."""
+    from topiq_core.errors import TopiqError
+
+    places: dict[str, Path] = {}
+    for file in files:
+        other = places.setdefault(file.name, file)
+        if other is not file:
+            raise TopiqError(f"{file}: called the same as {other}. Name it once, or rename one.")
 
 
 def _all_made(
@@ -107,14 +124,19 @@ def _photo(task: tuple[Path, Path, Settings]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     name = source_name(photo)
     done = output / name / "measured.json"
+    made_of = {
+        "settings": asdict(settings),
+        "photo": hashlib.sha256(photo.read_bytes()).hexdigest(),
+    }
     if done.exists():
         kept = json.loads(done.read_text())
-        if kept["settings"] == asdict(settings):
-            return list(kept["rows"])
+        rows = kept.pop("rows")
+        if kept == made_of:
+            return list(rows)
     done.parent.mkdir(exist_ok=True)
     rows = list(_rows(photo, done.parent, settings))
     partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps({"settings": asdict(settings), "rows": rows}))
+    partial.write_text(json.dumps({**made_of, "rows": rows}))
     partial.replace(done)
     return rows
 

@@ -49,13 +49,13 @@ def plan(
     from pipeline import run
 
     events = Events(as_json=False)
-    planned = run.plan_catalog(source, output, resolved, events)
+    planned, left = run.plan_catalog(source, output, resolved, events)
     if estimate:
         if speed_from is not None:
             speed = estimates.speed_of_run(speed_from)
         else:
             speed = estimates.measured_speed(resolved)
-        typer.echo(estimates.describe(planned, speed, gpus))
+        typer.echo(estimates.describe(planned, left, speed, gpus))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`topiq train`: a model from rated photos or labelled pairs, its measured accuracy in its card."""
 
 import dataclasses
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +27,10 @@ Ratings = Annotated[
     typer.Argument(help="CSV: `image,mos`, or for fr `uri,reference_uri,mos`; names relative."),
 ]
 _HELD_OUT = 0.2
+_LEAST_HELD_OUT = 5
+"""Agreement of fewer has no meaning."""
+_NARROW = 0.2
+"""Ratings within so little of their scale make one wonder about the scale."""
 _WATCHED = 0.1
 
 
@@ -177,13 +182,23 @@ def train(
     else:
         rated = read_ratings(ratings, (mos_low, 100.0 if mos_high is None else mos_high))
         outputs = len(rated[0].votes) if loss is Loss.EMD else 1
+    low, high = min(r.mos for r in rated), max(r.mos for r in rated)
+    if high - low < _NARROW:
+        cli.say(
+            f"ratings take up {low:.2f} to {high:.2f} of their scale, 0 to 1, alone: are --mos-low "
+            "and --mos-high right?"
+        )
+    if splits and round(_HELD_OUT * len(rated)) < _LEAST_HELD_OUT:
+        raise typer.BadParameter(
+            f"{len(rated)} ratings are too few to hold out a fifth and measure on it: rate "
+            f"{math.ceil(_LEAST_HELD_OUT / _HELD_OUT)} or more, or give --splits 0."
+        )
+    _require_device(device)
     if mode is Mode.FR:
         architecture = Architecture("fr", "mobilenet_v2", 128, heads=4, gate_dim=32)
     else:
-        # One number of tokens for all crops: scores depend on it.
-        smallest = min(recipe.crop, recipe.pair_crop) if pairs else recipe.crop
         architecture = Architecture(
-            "nr", "mobilenet_v2", 128, 2, 16, outputs, grid=smallest // 2**LEVELS
+            "nr", "mobilenet_v2", 128, 2, 16, outputs, grid=recipe.crop // 2**LEVELS
         )
     if (backbone is None) == (start is None):
         raise typer.BadParameter("give either --backbone, or --start with a model to go on from.")
@@ -254,6 +269,16 @@ def train(
     )
     weights.save(net, card, output)
     cli.say(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {card.accuracy}")
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"--device {device}: cannot be used ({reason}).") from error
 
 
 def _all_run(tasks: Sequence[_Task], processes: int) -> "Iterator[_Found | None]":

@@ -21,6 +21,7 @@ from pipeline.errors import CatalogError
 from pipeline.output import database
 from pipeline.pairing import Pairing, References
 from pipeline.storage import MEDIA_SUFFIXES, Stat
+from topiq_core.errors import TopiqError
 
 MANIFEST_SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 
@@ -198,8 +199,13 @@ def _read(source: str) -> Catalog:
             return _listed(_folder(fs, path), f"{source}: no files in this folder.")
         if any(c in path for c in "*?["):
             return _listed(_glob(fs, path), f"{source}: nothing matches.")
-    except (OSError, ImportError) as error:
-        raise CatalogError(f"{source}: cannot be listed ({error}).") from error
+    except (TopiqError, MemoryError):
+        raise
+    except Exception as error:  # stores have exceptions of their own
+        reason = str(error) or type(error).__name__
+        raise CatalogError(
+            f"{source}: cannot be read ({reason}). Check the address and the rights there."
+        ) from error
     raise CatalogError(f"{source}: no such file, folder, glob or manifest.")
 
 
@@ -353,8 +359,42 @@ def _read_table(file: Any, suffix: str) -> pa.Table:
     if suffix == ".parquet":
         return pq.read_table(file)
     if suffix == ".csv":
-        return pacsv.read_csv(file)
+        return _read_csv(file)
     return pajson.read_json(file)
+
+
+def _read_csv(file: Any) -> pa.Table:
+    """A CSV with its types guessed, but for names that look like numbers: `007` stays text.
+
+    So does a column in which nothing stands.
+    """
+    data = file.read()
+    guessed = pacsv.read_csv(pa.BufferReader(data))
+    doubtful = [
+        field.name
+        for field in guessed.schema
+        if pa.types.is_integer(field.type)
+        or pa.types.is_floating(field.type)
+        or pa.types.is_null(field.type)
+    ]
+    if not doubtful or len(set(guessed.column_names)) < guessed.num_columns:
+        return guessed
+    convert = pacsv.ConvertOptions(
+        include_columns=doubtful,
+        column_types=dict.fromkeys(doubtful, pa.string()),
+        strings_can_be_null=True,
+    )
+    texts = pacsv.read_csv(pa.BufferReader(data), convert_options=convert)
+    for name in doubtful:
+        index, text = guessed.column_names.index(name), texts[name]
+        is_name = pc.any(pc.match_substring_regex(text, _NAME_OF_DIGITS)).as_py()
+        if is_name or pa.types.is_null(guessed.schema.field(name).type):
+            guessed = guessed.set_column(index, name, text)
+    return guessed
+
+
+# Leading zeros, a plus, or more digits than an integer has.
+_NAME_OF_DIGITS = r"^\s*(?:-?0\d|\+|-?\d{19})"
 
 
 def _resolved(uri: str, base: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_num_cpus
 from ray.autoscaler.sdk import request_resources
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,6 +40,10 @@ class Shares:
     """Booked by stages that only read or write tables."""
 
 
+# A scorer with its model, a decoder and Ray need this beside the object store.
+_LEAST_BYTES = 2 << 30
+
+
 def quieten() -> None:
     """Leave progress to our own line, and Ray Data's chatter to its log files."""
     context = ray.data.DataContext.get_current()
@@ -55,6 +61,7 @@ def quieten() -> None:
     # Both are part of the version of Ray that is pinned; what replaces them comes with the next.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks.*")
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors.*")
 
 
 def connect(config: Config) -> None:
@@ -72,15 +79,28 @@ def connect(config: Config) -> None:
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         _await_nodes(config)
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ray.init(
-        address="local",
-        num_cpus=local_cpus() + SPARE_CPUS,
-        object_store_memory=config.object_store_bytes or min(8 << 30, max(512 << 20, memory // 5)),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    memory = int(get_system_memory())
+    store = config.object_store_bytes or min(8 << 30, max(512 << 20, memory // 5))
+    if memory - store < _LEAST_BYTES:
+        raise RunError(
+            f"this machine, or its container, has {memory} bytes of memory: with an object store "
+            f"of {store} too little is left to decode and score. Lower object_store_bytes, or take "
+            "a larger machine."
+        )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=local_cpus() + SPARE_CPUS,
+            object_store_memory=store,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    except Exception as error:  # Ray raises nothing more special
+        raise RunError(
+            f"Ray did not start on this machine ({error}). It gives up after half a minute or so: "
+            "when the machine is very busy, try again later."
+        ) from error
 
 
 def _await_nodes(config: Config) -> None:
@@ -166,10 +186,11 @@ def run_error(error: Exception) -> RunError:
 
 
 def local_cpus() -> int:
-    """CPUs that this process may use."""
+    """CPUs that this process may use: by its affinity, and by the limits of its container."""
+    allowed = max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(allowed, len(os.sched_getaffinity(0)))
+    return allowed
 
 
 # What a scorer on a CPU holds: itself with its model, and for each pixel of a frame. Scorers may

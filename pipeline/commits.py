@@ -1,11 +1,13 @@
 """Which work units are done: those whose id Ray Data's checkpoint has committed.
 
     _checkpoint/    one Parquet file of unit ids for each write; `.pending.` until it is complete
+    frame_scores/, failures/    the rows of a write, in files named after it
 
 Ray Data writes these files and leaves committed ids out of the next run. Here they are read, and
 failed units are taken out of them again so that the next run has another go.
 """
 
+import itertools
 from collections.abc import Collection
 
 import duckdb
@@ -14,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import plan, schemas
+from pipeline.errors import OutputError
 from pipeline.output import Output, database
 
 FOLDER = "_checkpoint"
@@ -24,24 +27,41 @@ _SCHEMA = pa.schema([("unit_id", pa.string())])
 def recover(output: Output) -> None:
     """Remove what a killed run has left half-written. Cut short, it can be repeated.
 
-    Ray Data does so too, but takes the mark of what is half-written away first: what it had not
-    removed when it was killed itself would count as whole. Raises OutputError.
+    A write counts that has both its rows and its commit. Rows without one are of a task that was
+    killed, or that was under way when the run that it was of had ended already; a commit without
+    rows is of a task whose rows were removed meanwhile. Raises OutputError.
     """
-    for path in output.parquet_files(FOLDER):
-        if not path.endswith(_PENDING):
-            continue
-        write = path.rsplit("/", 1)[-1].removesuffix(_PENDING)
-        whole = output.fs.exists(output.inside(FOLDER, f"{write}.parquet"))
-        rows = [] if whole else output.files(f"{write}*.parquet", "frame_scores")
-        rows += [] if whole else output.files(f"{write}*.parquet", "failures")
-        for file in (*rows, path):
-            output.remove(file)
+    marks, rows = output.parquet_files(FOLDER), _rows(output)
+    if rows and not marks:
+        raise OutputError(
+            f"{output.url}: there are scores, but nothing in {FOLDER}/ to say which are complete. "
+            "If this is a copy, copy that folder too; otherwise name another output."
+        )
+    committed = {_write(path) for path in marks if not path.endswith(_PENDING)}
+    written = {_write(path) for path in rows}
+    # Rows first: they are found again by what is left of the marks.
+    for path in rows:
+        if _write(path) not in committed:
+            output.remove(path)
+    for path in marks:
+        if path.endswith(_PENDING) or _write(path) not in written:
+            output.remove(path)
 
 
 def count_open(output: Output, model: str) -> int:
     """Planned work units of a model that are neither scored nor failed for good."""
     query = "SELECT count(*) FROM plan ANTI JOIN done USING (unit_id) WHERE code IS NULL"
     return int(_connect(output, model).execute(query).fetchall()[0][0])
+
+
+def open_work(output: Output, model: str) -> tuple[int, int]:
+    """Frames, and pixels of frames, of the planned work units that are open."""
+    query = """
+        SELECT sum(len(times_s)), sum(len(times_s) * coded_width::BIGINT * coded_height)
+        FROM plan ANTI JOIN done USING (unit_id) WHERE code IS NULL
+    """
+    ((frames, pixels),) = _connect(output, model).execute(query).fetchall()
+    return int(frames or 0), int(pixels or 0)
 
 
 def earlier_attempts(output: Output, model: str) -> dict[str, int]:
@@ -83,19 +103,28 @@ def _committed(output: Output) -> list[str]:
     return [path for path in output.parquet_files(FOLDER) if not path.endswith(_PENDING)]
 
 
+def _rows(output: Output) -> list[str]:
+    """Files that write tasks have written; not those of planning."""
+    files = itertools.chain(*(output.parquet_files(name) for name in ("frame_scores", "failures")))
+    return [path for path in files if not plan.is_failures(path)]
+
+
+def _write(path: str) -> str:
+    """Which write a file is of: `WRITE.parquet`, `WRITE.pending.parquet` or `WRITE-N.parquet`."""
+    name = path.rsplit("/", 1)[-1].removesuffix(".parquet").removesuffix(".pending")
+    return name.rsplit("-", 1)[0]
+
+
 def _connect(output: Output, model: str) -> duckdb.DuckDBPyConnection:
     """Sees `plan` (of the model), `done`, and the complete files of `frame_scores`, `failures`."""
-    pending = tuple(
-        path.rsplit("/", 1)[-1].removesuffix(_PENDING)
-        for path in output.parquet_files(FOLDER)
-        if path.endswith(_PENDING)
-    )
+    committed = _committed(output)
+    writes = {_write(path) for path in committed}
     connection = database()
     plans = [output.inside(*plan.table_path(model))]
     connection.register("plan", output.dataset(plans, schemas.PLAN))
-    connection.register("done", output.dataset(_committed(output), _SCHEMA))
+    connection.register("done", output.dataset(committed, _SCHEMA))
     for name in ("frame_scores", "failures"):
         files = output.parquet_files(name)
-        whole = [path for path in files if not path.rsplit("/", 1)[-1].startswith(pending)]
+        whole = [path for path in files if plan.is_failures(path) or _write(path) in writes]
         connection.register(name, output.dataset(whole, schemas.OUTCOME))
     return connection

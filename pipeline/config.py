@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import ConfigError
 from pipeline.fidelity import MEASURES
-from pipeline.media.colour import Crop, Hdr, Interlaced, Policy
+from pipeline.media.colour import Background, Crop, Hdr, Interlaced, Policy
 from pipeline.media.sample import SampleSpec
 from pipeline.pairing import References
 from pipeline.pooling import DEFAULT_POOLING, check_names
@@ -62,8 +62,10 @@ class Config(BaseModel):
         description="Moments of a video to score: `uniform:N` (N, evenly spread), `fps:R` (R a "
         "second), `every:K` (each Kth frame), `keyframes`, or `all`.",
     )
-    alpha: Literal["black", "white"] = Field(
-        default="black", description="What transparent images are laid over before scoring."
+    alpha: Background = Field(
+        default="black",
+        description="What images and video frames are laid over, where they are transparent, "
+        "before scoring.",
     )
     hdr: Hdr = Field(
         default="tonemap",
@@ -290,7 +292,7 @@ class Config(BaseModel):
     @property
     def policy(self) -> Policy:
         """What may be done to pictures."""
-        return Policy(self.hdr, self.interlaced, self.crop)
+        return Policy(self.hdr, self.interlaced, self.crop, self.alpha)
 
     @property
     def failures_allowed(self) -> int | None:

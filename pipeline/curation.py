@@ -33,6 +33,8 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
         raise ConfigError(f"--where: {str(error).splitlines()[0]}") from error
     total = connection.execute("SELECT count(*) FROM scores").fetchall()[0][0]
     folder, _, name = absolute(to).rpartition("/")
+    if folder.startswith(f"{output.url.rstrip('/')}/"):
+        raise ConfigError(f"--to {to}: lies among the output's own tables. Name another place.")
     with Output(folder or "/").publish(name) as path:
         _write(kept, connection, str(path), suffix)
     return kept.num_rows, int(total)

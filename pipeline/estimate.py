@@ -69,16 +69,22 @@ def speed_of_run(file: Path) -> Speed:
         per_worker = stage["pixels_per_s"] / stage["workers"]
         return Speed(float(per_worker), f"of a scorer in {file}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: not the run.json of a run that scored anything.") from error
+        raise ConfigError(
+            f"{file}: not the run.json of a run that scored anything. Those of an output's earlier "
+            "runs are in its runs/."
+        ) from error
 
 
-def describe(planned: PlanCounts, speed: Speed, devices: int) -> str:
-    """The estimate in words."""
-    seconds = planned.pixels / speed.pixels_per_s / devices
+def describe(planned: PlanCounts, left: tuple[int, int], speed: Speed, devices: int) -> str:
+    """The estimate in words. left: frames and pixels that are not scored yet."""
+    frames, pixels = left
+    seconds = pixels / speed.pixels_per_s / devices
     hours, minutes = int(seconds // 3600), seconds % 3600 / 60
+    done = planned.frames - frames
+    already = f", {done} of them scored already or failed" if done else ""
     return (
-        f"{planned.items - planned.failed_items} items, {planned.frames} frames, "
-        f"{planned.pixels / 1e9:.3f} gigapixels\n"
+        f"{planned.items - planned.failed_items} items, {planned.frames} frames{already}; "
+        f"{pixels / 1e9:.3f} gigapixels to score\n"
         f"{speed.pixels_per_s / 1e6:.1f} megapixels a second and device, {speed.source}\n"
         f"about {hours} h {minutes:.1f} min of scoring on {devices} device{'s' * (devices > 1)}; "
         "decoding, start-up and empty time come on top"

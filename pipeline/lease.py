@@ -97,8 +97,8 @@ class _Lease:
 
     def keep(self) -> None:
         while not self.released.wait(PERIOD_S):
-            # A store that does not answer now may do so the next time.
-            with contextlib.suppress(OSError, OutputError):
+            # A store that does not answer now, in whatever words, may do so the next time.
+            with contextlib.suppress(Exception):
                 if not self.is_ours():
                     self.lost = True
                     self._end_main()
@@ -143,8 +143,8 @@ def held(output: Output, run_id: str) -> Iterator[None]:
         if lease.ends_main:
             signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
         if not lease.lost:
-            with contextlib.suppress(FileNotFoundError):
-                output.fs.rm_file(output.inside(FILE))
+            with contextlib.suppress(OutputError):  # the next run sees that nobody renews it
+                output.remove(output.inside(FILE))
     if lease.lost:
         raise RunError(f"{output.url}: another run took this output over. Look at its run.json.")
 

@@ -36,19 +36,24 @@ class Output:
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def create(self) -> None:
-        """Make the folder. Raises OutputError."""
-        try:
-            self.fs.makedirs(self.path, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.url}: cannot be created ({error}).") from error
+        """Make the folder, where there are folders. Raises OutputError."""
+        self._make_folder(self.path)
+
+    def _make_folder(self, path: str) -> None:
+        if not _without_folders(self.fs):
+            with _reported(self.url, "be created"):
+                self.fs.makedirs(path, exist_ok=True)
 
     def names(self) -> list[str]:
         """Names of what is in the folder; none when it does not exist, as in an object store."""
-        try:
-            found = self.fs.ls(self.path, detail=False)
-        except FileNotFoundError:
-            return []
-        return [name for path in found if (name := str(path).rstrip("/").rsplit("/", 1)[-1])]
+        return [name for path in self._listed(self.path) if (name := path.rsplit("/", 1)[-1])]
+
+    def _listed(self, path: str) -> list[str]:
+        with _reported(path, "be listed"):
+            try:
+                return [str(found).rstrip("/") for found in self.fs.ls(path, detail=False)]
+            except FileNotFoundError:
+                return []
 
     def inside(self, *parts: str) -> str:
         """The path of something in the folder, for `fs`."""
@@ -58,7 +63,8 @@ class Output:
         """The same file system for pyarrow and Ray Data."""
         if self.local:
             return pafs.LocalFileSystem()
-        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+        handler = _ObjectStore if _without_folders(self.fs) else pafs.FSSpecHandler
+        return pafs.PyFileSystem(handler(self.fs))
 
     def parquet_files(self, *parts: str) -> list[str]:
         """The Parquet files directly in a folder, sorted; none when it does not exist."""
@@ -67,24 +73,13 @@ class Output:
     def files(self, pattern: str, *parts: str) -> list[str]:
         """The files directly in a folder whose names are like `*.json`, sorted."""
         self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self.inside(*parts), detail=False)
-        except FileNotFoundError:
-            return []
-        paths = (str(path) for path in found)
-        return sorted(p for p in paths if fnmatch.fnmatch(p.rsplit("/", 1)[-1], pattern))
+        found = self._listed(self.inside(*parts))
+        return sorted(p for p in found if fnmatch.fnmatch(p.rsplit("/", 1)[-1], pattern))
 
     def remove(self, path: str) -> None:
         """Remove a file, which may be gone already. Raises OutputError."""
-        try:
+        with _reported(path, "be removed"), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise OutputError(
-                f"{path}: cannot be removed ({error.strerror or error}). Check the rights there; "
-                "the same command goes on from here."
-            ) from error
 
     def dataset(self, files: list[str], schema: pa.Schema) -> pads.Dataset | pa.Table:
         """Parquet files of one schema as one table, read when it is used; there may be none."""
@@ -108,10 +103,10 @@ class Output:
         When the body raises, the target stays as it was and nothing is left behind. Raises
         OutputError when it cannot be written.
         """
-        target = self.inside(*parts)
+        target, shown = self.inside(*parts), join(self.url, *parts)
+        self._make_folder(target.rsplit("/", 1)[0])
         partial: Path | None = None
         try:
-            self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             folder = Path(target).parent if self.local else None
             handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
             os.close(handle)
@@ -121,12 +116,10 @@ class Output:
                 partial.chmod(0o644)
                 partial.replace(target)
             else:
-                self.fs.put_file(str(partial), target)
+                with _reported(shown, "be written"):
+                    self.fs.put_file(str(partial), target)
         except OSError as error:
-            raise OutputError(
-                f"{join(self.url, *parts)}: cannot be written ({error.strerror or error}). Check "
-                "the space and the rights there; the same command goes on from here."
-            ) from error
+            raise _refused(shown, "be written", error) from error
         finally:
             if partial is not None:
                 partial.unlink(missing_ok=True)
@@ -143,14 +136,49 @@ class Output:
             path.write_text(text, encoding="utf-8")
 
     def read_text(self, *parts: str) -> str | None:
-        """A small text file, or None when there is none."""
-        try:
-            return str(self.fs.read_text(self.inside(*parts), encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+        """A small text file, or None when there is none. Raises OutputError."""
+        with _reported(join(self.url, *parts), "be read"):
+            try:
+                return str(self.fs.read_text(self.inside(*parts), encoding="utf-8"))
+            except FileNotFoundError:
+                return None
 
     @contextlib.contextmanager
     def parquet_writer(self, schema: pa.Schema, *parts: str) -> Iterator[pq.ParquetWriter]:
         """Write one Parquet file, published in one step when the body ends well."""
         with self.publish(*parts) as path, pq.ParquetWriter(path, schema, compression="zstd") as w:
             yield w
+
+
+class _ObjectStore(pafs.FSSpecHandler):  # type: ignore[misc]
+    """For stores where folders are parts of names: making one would ask for rights on the bucket,
+    or make a bucket of a mistyped name.
+    """
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Nothing: a name needs no folder."""
+
+
+def _without_folders(fs: Any) -> bool:
+    protocol = fs.protocol
+    names = {protocol} if isinstance(protocol, str) else set(protocol)
+    return bool(names & {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"})
+
+
+@contextlib.contextmanager
+def _reported(place: str, doing: str) -> Iterator[None]:
+    """What the body's store says becomes an OutputError; it may be any kind of exception."""
+    try:
+        yield
+    except (OutputError, MemoryError):
+        raise
+    except Exception as error:
+        raise _refused(place, doing, error) from error
+
+
+def _refused(place: str, doing: str, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return OutputError(
+        f"{place}: cannot {doing} ({reason}). Check the address, the space and the rights there; "
+        "the same command goes on from here."
+    )

@@ -116,7 +116,9 @@ def _paired(item: str, key: str | None, by_key: dict[str, list[str]]) -> Pairing
         return Pairing(item, None, "the rule finds no key in its name. Check the pattern or root.")
     candidates = by_key.get(key, [])
     if not candidates:
-        return Pairing(item, None, f"no reference has its key '{key}'.")
+        return Pairing(
+            item, None, f"no reference has its key '{key}'; with pair_pattern, choose another key."
+        )
     if len(candidates) > 1:
         named = ", ".join(sorted(candidates)[:_NAMED])
         more = ", ..." if len(candidates) > _NAMED else ""

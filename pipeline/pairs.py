@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from pipeline.errors import Misaligned, Unpaired
 from pipeline.media import align
 from pipeline.media.align import Estimate, Floats, Indexes, Track
-from pipeline.media.probe import Probe
+from pipeline.media.letterbox import Box
+from pipeline.media.probe import Facts, Probe
 from pipeline.media.sample import Samples, SampleSpec, Timeline, plan_samples
 
 Watch = Callable[[str, list[float]], Track]
@@ -19,6 +20,8 @@ Watch = Callable[[str, list[float]], Track]
 # So much of an item is looked at to find its offset, at these places in turn until one is sure.
 _WINDOW_S = 2.5
 _WINDOWS = (0.0, 0.4, 0.75)
+# So many lines apart, crops are the same.
+_SAME_CUT = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,25 @@ def same_kind(uri: str, distorted: Probe, reference: Probe) -> None:
             f"{uri}: is {distorted.facts.kind}, its reference is {reference.facts.kind}: they "
             "cannot be compared."
         )
+
+
+def common_crop(distorted: Facts, reference: Facts) -> str | None:
+    """The distorted video's crop: its reference's, where its own is the same but for rounding.
+
+    Bars of small renditions are blurred and fall between pixels: cut by its own, a picture would
+    be compared with its reference up to two lines of theirs away.
+    """
+    if distorted.crop is None or reference.crop is None:
+        return distorted.crop
+    across = distorted.coded_width / reference.coded_width
+    down = distorted.coded_height / reference.coded_height
+    own, theirs = Box.parse(distorted.crop), Box.parse(reference.crop)
+    left, right = round(theirs.left * across), round(theirs.right * across)
+    top, bottom = round(theirs.top * down), round(theirs.bottom * down)
+    same = Box(left, top, right, bottom)
+    sides = zip(astuple(own), astuple(same), strict=True)
+    near = all(abs(a - b) <= _SAME_CUT for a, b in sides)
+    return str(same) if near else distorted.crop
 
 
 def offset_by_start(distorted: Timeline, reference: Timeline) -> Offset:
@@ -145,10 +167,13 @@ def _at(moment: float, offset_s: float, ours: Floats, theirs: Floats, partner: I
     """The distorted frame to compare at a moment of the reference; -1 when there is none.
 
     That is one whose reference frame is on screen then. Where the distorted video has dropped it,
-    the one on screen instead, which is compared with its own reference frame.
+    the one on screen instead, which is compared with its own reference frame. A distorted video
+    that has ended shows none.
     """
     shown = max(0, int(np.searchsorted(theirs, moment + 1e-9, side="right")) - 1)
     own = np.flatnonzero(partner == shown)
     if len(own):
         return int(own[0])
+    if moment - offset_s >= ours[-1] + align.interval_s(ours):
+        return -1
     return int(np.searchsorted(ours, moment - offset_s + 1e-9, side="right")) - 1

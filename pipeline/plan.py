@@ -43,7 +43,7 @@ from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
 # Counts up when decoding, colour or sampling changes what a score is of.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 _ROWS_PER_GROUP = 8192
 # Renditions of one reference frame that are decoded, and held, together.
 MOST_RENDITIONS = 8
@@ -77,7 +77,15 @@ def table_path(model: str) -> tuple[str, str]:
 
 def _failures_path(model: str) -> tuple[str, str]:
     """Where the failures of a model's planning lie."""
-    return "failures", f"plan-{model}.parquet"
+    return "failures", f"{_FAILURES}{model}.parquet"
+
+
+def is_failures(path: str) -> bool:
+    """Whether a file in failures/ is of planning, and not of a write task."""
+    return path.rsplit("/", 1)[-1].startswith(_FAILURES)
+
+
+_FAILURES = "plan-"
 
 
 def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] = ()) -> str:
@@ -89,7 +97,6 @@ def fingerprint(config: Config, weights: Weights, companions: Sequence[Weights] 
         "version": SCORING_VERSION,
         "weights": weights.sha256,
         "sample": config.sample,
-        "alpha": config.alpha,
         "policy": asdict(config.policy),
         "precision": config.precision,
         "short_side": weights.card.short_side,
@@ -452,6 +459,7 @@ class _Planner:
             "confidence": estimate and estimate.confidence,
             "n_matched": chosen.n_matched,
             "n_unmatched": chosen.n_unmatched,
+            "crop": pairs.common_crop(found.facts, against.facts),
             "reference_crop": against.facts.crop,
             **{f"reference_{name}": value for name, value in asdict(reference_stat).items()},
         }  # fmt: skip

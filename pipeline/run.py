@@ -154,8 +154,13 @@ def _run_steps(run: _Run) -> Summary:
     return summary
 
 
-def plan_catalog(source: str, out: str, config: Config, event: Event) -> plan.PlanCounts:
-    """Write plan/ only. Raises TopiqError."""
+def plan_catalog(
+    source: str, out: str, config: Config, event: Event
+) -> tuple[plan.PlanCounts, tuple[int, int]]:
+    """Write plan/ only. Raises TopiqError.
+
+    Returns what was counted, and the frames and pixels that are not scored yet.
+    """
     run = _open(source, out, config, event)
     with lease.held(run.output, run.run_id):
         if run.output.read_text("run.json") is None:
@@ -163,8 +168,9 @@ def plan_catalog(source: str, out: str, config: Config, event: Event) -> plan.Pl
             _write_record(run.output, record)
         cluster.connect(run.config)
         planned = _plan(run, cluster.shares(run.config))
+        left = commits.open_work(run.output, run.model)
     event("planned", **asdict(planned))
-    return planned
+    return planned, left
 
 
 def retry(out: str, codes: Collection[str], event: Event, source: str | None = None) -> Summary:
@@ -264,6 +270,7 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
     monitor = cluster.beside_driver(Monitor).remote(rest)
     with _watched(monitor, to_do, run.event):
         seconds, _ = _timed(lambda: _score_open(run, shares, to_do, monitor))
+    commits.recover(run.output)
     return seconds
 
 
@@ -286,6 +293,7 @@ def _score_open(run: _Run, shares: cluster.Shares, to_do: int, monitor: Any) -> 
                 run.run_id,
             )
         except ScorersDied:
+            # Write tasks that were under way may end after this: see the end of `_score`.
             commits.recover(run.output)
             still_open = commits.count_open(run.output, run.model)
             if still_open >= to_do:

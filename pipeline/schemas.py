@@ -127,6 +127,9 @@ OUTCOME = _versioned(
 )
 """frame_scores/ and failures/: what became of each work unit. One schema, two folders."""
 
+NULL_WHEN_FAILED = ("weight_s", "wait_s", "reference_pts_s", *MEASURES)
+"""What a unit has from decoding, and loses when it cannot be scored."""
+
 DECODED = pa.schema(
     [f for f in OUTCOME if f.name not in ("score", "score_s")]
     + [

@@ -346,17 +346,17 @@ class ScoreUnits:
     def __init__(
         self, config: Config, weights: Sequence[Weights], shares: cluster.Shares, monitor: Any
     ) -> None:
-        import torch
-
-        from topiq_core.scorer import Scorer
-
-        torch.set_num_threads(shares.threads)
         self.weights = weights
-        self._scorers: list[Scorer] = []
+        self._scorers: list[Any] = []
         # Ray tries a constructor that fails again and again, and then its reason is lost: the
         # reason is kept until there is work.
         self._refused: RunError | None = None
         try:
+            import torch
+
+            from topiq_core.scorer import Scorer
+
+            torch.set_num_threads(shares.threads)
             for (name, place), expected in zip(config.models, weights, strict=True):
                 scorer = Scorer.load(
                     name,
@@ -415,7 +415,7 @@ class ScoreUnits:
             if errors:
                 compares = self.weights[0].card.architecture.mode == "fr"
                 said = failure("score", errors[0], row, self.config, compares)
-                row |= {"weight_s": None, **said}
+                row |= dict.fromkeys(schemas.NULL_WHEN_FAILED) | said
                 row["message"] = f"{row['uri']}: {errors[0]}"
             row[_FOLDER] = "failures" if row["code"] else "frame_scores"
             for weights, (result, seconds) in zip(self.weights, of_unit, strict=True):

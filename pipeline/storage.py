@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard, cast
 from urllib.parse import unquote
 
 import fsspec
@@ -185,7 +185,8 @@ def open_media(url: str, places: int | None = None) -> Iterator[str | IO[bytes]]
         elif size <= most:
             source = io.BytesIO(fs.cat_file(path))
         else:
-            source = fs.open(path, "rb", block_size=HEADER_BYTES, cache_type="readahead")
+            ranges = fs.open(path, "rb", block_size=HEADER_BYTES, cache_type="readahead")
+            source = cast(IO[bytes], _Ranged(ranges, url))
     try:
         yield source
     finally:
@@ -226,18 +227,45 @@ def read_ahead(source: Any, count: float) -> None:
         cache.blocksize = int(min(max(count, least), most))
 
 
+class _Ranged:
+    """A remote file read in ranges: what the store answers then becomes a MediaError too."""
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file, self._url = file, url
+
+    def read(self, count: int = -1) -> bytes:
+        with _media_errors(self._url):
+            return bytes(self._file.read(count))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextlib.contextmanager
 def _media_errors(url: str) -> Iterator[None]:
     try:
         yield
-    except MediaError:
+    except (MediaError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise NotFound(f"{url}: no such file or object.") from error
-    except PermissionError as error:
-        raise AccessDenied(f"{url}: reading is not permitted. Check its access rights.") from error
-    except (OSError, ValueError, ImportError) as error:
-        # s3fs reports SlowDown, ServiceUnavailable and their like as EBUSY.
-        if getattr(error, "errno", None) == errno.EBUSY:
-            raise Throttled(f"{url}: the store is too busy ({error}).") from error
-        raise StorageError(f"{url}: cannot be read ({error}).") from error
+    except Exception as error:  # stores have exceptions of their own, many without a common base
+        raise _media_error(url, error) from error
+
+
+def _media_error(url: str, error: Exception) -> MediaError:
+    told: BaseException = error
+    if isinstance(error, FileNotFoundError) and _is_of_http(error.__cause__):
+        told = error.__cause__  # fsspec says of all that a web server answers that nothing is there
+    status = getattr(told, "status", None)
+    if isinstance(told, FileNotFoundError) or status in (404, 410):
+        return NotFound(f"{url}: no such file or object.")
+    if isinstance(told, PermissionError) or status in (401, 403):
+        return AccessDenied(f"{url}: reading is not permitted. Check its access rights.")
+    reason = str(told) or type(told).__name__
+    # s3fs reports SlowDown, ServiceUnavailable and their like as EBUSY.
+    if getattr(told, "errno", None) == errno.EBUSY or status in (429, 503):
+        return Throttled(f"{url}: the store is too busy ({reason}).")
+    return StorageError(f"{url}: cannot be read ({reason}).")
+
+
+def _is_of_http(cause: BaseException | None) -> TypeGuard[BaseException]:
+    return isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp.")

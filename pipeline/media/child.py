@@ -22,8 +22,8 @@ from av.video.frame import VideoFrame
 
 from pipeline.errors import DecodeMemory, InternalError, MediaError
 from pipeline.media import decode, image, probe, wire
-from pipeline.media.colour import RGB, Policy
-from pipeline.media.planes import Planes, planes_of
+from pipeline.media.colour import RGB, Background, Policy
+from pipeline.media.planes import Planes, upright_planes
 from pipeline.media.sample import SampleSpec
 from pipeline.media.scale import scaled
 from pipeline.media.track import track
@@ -85,7 +85,7 @@ def _decode_video(
     form: str | None,
 ) -> dict[str, Any]:
     """`size`: width and height that frames are brought to. `planes`: whether their stored planes
-    are wanted too, and `form`: `WIDTHxHEIGHT PIX_FMT` that those are brought to.
+    are wanted too, upright, and `form`: `WIDTHxHEIGHT PIX_FMT RANGE` that those are brought to.
     """
     forms: list[str] = []
     stored: list[Planes] = []
@@ -93,15 +93,9 @@ def _decode_video(
     def see(frame: VideoFrame) -> None:
         if not planes:
             return
-        if form is not None:
-            shape, pix_fmt = form.split()
-            width, height = map(int, shape.split("x"))
-            frame = frame.reformat(width, height, pix_fmt, interpolation="BICUBIC")
-        forms.append(f"{frame.width}x{frame.height} {frame.format.name}")
-        try:
-            stored.append(planes_of(frame))
-        except ValueError:  # RGB and palettes have none
-            stored.append(Planes(_NO_PLANE, None, None, 8))
+        found, its_form = upright_planes(frame, form)
+        forms.append(its_form)
+        stored.append(found or _NO_PLANES)
 
     def take(rgb: RGB) -> None:
         frames.write(rgb, size)
@@ -125,14 +119,14 @@ def _decode_video(
     }
 
 
-_NO_PLANE = np.empty((0, 0), np.uint8)
+_NO_PLANES = Planes(np.empty((0, 0), np.uint8), None, None, 8)
 
 
 def _decode_image(
     frames: "_FrameFile",
     url: str,
     max_pixels: int,
-    alpha: image.Background,
+    alpha: Background,
     size: tuple[int, int] | None,
 ) -> dict[str, Any]:
     frames.write(image.decode(url, max_pixels, alpha), size)

@@ -20,6 +20,7 @@ RGB = npt.NDArray[np.uint8]
 Hdr = Literal["tonemap", "refuse"]
 Interlaced = Literal["deinterlace", "keep"]
 Crop = Literal["none", "auto"]
+Background = Literal["black", "white"]
 
 _MATRIX_NAMES = {  # ITU-T H.273 matrix coefficients; 0 (RGB), 2 and 3 say nothing of YUV
     1: "bt709",
@@ -61,11 +62,14 @@ _PEAK_NITS = (100.0, 10000.0)
 
 @dataclass(frozen=True)
 class Policy:
-    """What may be done to pictures that are not progressive standard-range ones without bars."""
+    """What may be done to pictures that are not progressive standard-range ones without bars, and
+    what transparent ones are laid over.
+    """
 
     hdr: Hdr = "tonemap"
     interlaced: Interlaced = "deinterlace"
     crop: Crop = "none"
+    alpha: Background = "black"
 
 
 DEFAULT_POLICY = Policy()
@@ -106,7 +110,7 @@ def look_of(frame: VideoFrame, coded: tuple[int, int] = (0, 0), deinterlaced: bo
         pix_fmt=frame.format.name,
         matrix=matrix,
         matrix_tagged=tagged is not None or is_rgb,
-        full_range=is_rgb or frame.format.name.startswith("yuvj") or int(frame.color_range) == 2,
+        full_range=is_full_range(frame),
         primaries=primaries,
         transfer=transfer,
         hdr=hdr,
@@ -120,6 +124,12 @@ def look_of(frame: VideoFrame, coded: tuple[int, int] = (0, 0), deinterlaced: bo
     )
 
 
+def is_full_range(frame: VideoFrame) -> bool:
+    """Whether code values reach from 0 to the highest; otherwise they keep to the video range."""
+    kind = frame.format
+    return kind.is_rgb or kind.name.startswith("yuvj") or int(frame.color_range) == 2
+
+
 def objection(look: Look, policy: Policy) -> str | None:
     """Why a frame is not to be converted; None when it is."""
     if look.hdr and policy.hdr == "refuse":
@@ -129,51 +139,92 @@ def objection(look: Look, policy: Policy) -> str | None:
     return None
 
 
-def to_rgb(frame: VideoFrame, look: Look, reformatter: VideoReformatter) -> RGB:
-    """Full-range RGB, uint8 [H,W,3], upright. The look's matrix must be one without objection."""
+def to_rgb(
+    frame: VideoFrame,
+    look: Look,
+    reformatter: VideoReformatter,
+    background: Background = "black",
+) -> RGB:
+    """Full-range RGB, uint8 [H,W,3], upright, laid over the background where it is transparent.
+
+    The look's matrix must be one without objection.
+    """
     depth = min(frame.format.components[0].bits, 16)
     linear = look.hdr is not None or look.gamut_mapped
-    # To 8 bits, swscale takes the top of a full-range 10-bit scale for 1020, not 1023.
-    deep = linear or (look.full_range and depth > 8)
+    # To swscale gray is full-range, whatever it is told; and to 8 bits it takes the top of a
+    # full-range 10-bit scale for 1020, not 1023.
+    narrow_gray = _is_gray(frame) and not look.full_range
+    layered = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
+    deep = linear or narrow_gray or (depth > 8 and (look.full_range or layered))
     # To planes, swscale is five times as fast as to pixels, with the same result.
     converted = reformatter.reformat(
         frame,
-        format="gbrp16le" if deep else "gbrp",
+        format=("gbrap" if layered else "gbrp") + ("16le" if deep else ""),
         interpolation=_FLAGS,
         src_colorspace=_SWSCALE[look.matrix],
         src_color_range=ColorRange.JPEG if look.full_range else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         threads=1,
     )
-    red, green, blue = _planes(converted, np.dtype("<u2") if deep else np.dtype(np.uint8))
+    red, green, blue, *alpha = _planes(converted, np.dtype("<u2") if deep else np.dtype(np.uint8))
     # swscale widens full-range values by a shift, and takes limited-range white for 255 x 256.
-    top = ((1 << depth) - 1) << (16 - depth) if look.full_range else 255 << 8
+    widened = ((1 << depth) - 1) << (16 - depth)
+    if look.full_range:
+        bottom, top = 0, widened
+    elif narrow_gray:  # ITU-R BT.709-6, quantisation: 16 and 235, times 2 to the depth - 8
+        bottom, top = 16 << 8, 235 << 8
+    else:
+        bottom, top = 0, 255 << 8
     if linear:
-        image = tonemap.to_bt709(red, green, blue, _light(look), top)
+        image = tonemap.to_bt709(red, green, blue, _light(look), bottom, top)
     else:
         image = np.empty((*red.shape, 3), np.uint8)
         for index, plane in enumerate((red, green, blue)):
-            image[:, :, index] = _rounding_table(top)[plane] if deep else plane
+            image[:, :, index] = _rounding_table(bottom, top)[plane] if deep else plane
+    if layered and not _is_unused(alpha[0], image, look):
+        _lay_over(image, alpha[0], widened if deep else 255, background)
     return upright(image, look.rotation, look.mirrored)
 
 
-def upright(image: RGB, rotation: int, mirrored: bool) -> RGB:
+def _is_unused(alpha: npt.NDArray[Any], image: RGB, look: Look) -> bool:
+    """Whether alpha, which would hide all of a picture, is but the fourth byte of its pixels.
+
+    Uncompressed AVI is such. GIFs come in the same format, and are white where transparent.
+    """
+    return look.pix_fmt == "bgra" and not alpha.any() and image.min() < image.max()
+
+
+def _lay_over(image: RGB, alpha: npt.NDArray[Any], opaque: int, background: Background) -> None:
+    """Lay a picture over the background, in place. Colours are taken as not multiplied by alpha."""
+    back = 0.0 if background == "black" else 255.0
+    for row in np.flatnonzero((alpha < opaque).any(axis=1)):  # by rows, to save memory
+        share = alpha[row, :, None] / opaque
+        image[row] = np.rint(image[row] * share + back * (1 - share))
+
+
+def upright(image: npt.NDArray[Any], rotation: int, mirrored: bool) -> npt.NDArray[Any]:
     """A picture [H, W] or [H, W, 3] as it is to be shown: see `orientation`."""
     if mirrored:
         image = image[:, ::-1]
     return np.ascontiguousarray(np.rot90(image, (-rotation // 90) % 4))
 
 
+def _is_gray(frame: VideoFrame) -> bool:
+    """Whether a frame has luma alone, of 8 to 16 bits: not a palette, bits or floats."""
+    luma = [c.bits for c in frame.format.components if not c.is_alpha]
+    return len(luma) == 1 and 8 <= luma[0] <= 16 and not frame.format.has_palette
+
+
 def _planes(frame: VideoFrame, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
-    """Red, green and blue of a planar RGB frame, which has them in the order G, B, R; views."""
+    """Red, green, blue and any alpha of a planar RGB frame, which has them as G, B, R, A; views."""
     planes = [np.frombuffer(memoryview(p), dtype).reshape(frame.height, -1) for p in frame.planes]
-    return [planes[i][:, : frame.width] for i in (2, 0, 1)]
+    return [planes[i][:, : frame.width] for i in (2, 0, 1, 3)[: len(planes)]]
 
 
 @functools.lru_cache(maxsize=4)
-def _rounding_table(top: int) -> RGB:
-    """From a 16-bit code to an 8-bit one, `top` being white."""
-    codes = np.minimum(np.arange(1 << 16) / top, 1)
+def _rounding_table(bottom: int, top: int) -> RGB:
+    """From a 16-bit code to an 8-bit one, `bottom` being black and `top` white."""
+    codes = np.clip((np.arange(1 << 16) - bottom) / (top - bottom), 0, 1)
     return np.asarray(np.rint(255 * codes), np.uint8)
 
 

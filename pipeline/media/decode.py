@@ -257,7 +257,7 @@ class _Decoder:
         self.out.look = self.out.look or look
         if look.deinterlaced:
             frame = deinterlaced(self.before, frame, self.ahead[1] if self.ahead else None)
-        rgb = colour.to_rgb(frame, look, self.reformatter)
+        rgb = colour.to_rgb(frame, look, self.reformatter, self.policy.alpha)
         if self.crop is None:
             return rgb
         if rgb.shape[0] < self.crop.bottom or rgb.shape[1] < self.crop.right:

@@ -30,8 +30,7 @@ from pipeline.errors import (
 )
 from pipeline.media import wire
 from pipeline.media.align import Track
-from pipeline.media.colour import DEFAULT_POLICY, Look, Policy
-from pipeline.media.image import Background
+from pipeline.media.colour import DEFAULT_POLICY, Background, Look, Policy
 from pipeline.media.planes import Planes
 from pipeline.media.probe import Facts, Probe
 from pipeline.media.sample import Timeline
@@ -63,7 +62,7 @@ class Frames:
     """Seconds in which the child neither computed nor waited for a CPU: it waited for storage."""
     planes: list[dict[str, Any]] = field(default_factory=list)
     form: str | None = None
-    """`WIDTHxHEIGHT PIX_FMT` of the planes, when there are any."""
+    """`WIDTHxHEIGHT PIX_FMT RANGE` of the planes, when there are any."""
     unscaled: str | None = None
     """`WIDTHxHEIGHT` of the first frame before it was brought to the size asked for."""
 

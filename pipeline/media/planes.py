@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import ColorRange
+
+from pipeline.media import colour
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
@@ -38,6 +41,53 @@ def planes_of(frame: "VideoFrame") -> Planes:
     found = [_plane(frame, index) for index in range(len(components))]
     y, u, v = found if len(found) == 3 else (found[0], None, None)
     return Planes(y, u, v, components[0].bits)
+
+
+_RANGES = {"full": ColorRange.JPEG, "limited": ColorRange.MPEG}
+
+
+def upright_planes(frame: "VideoFrame", form: str | None) -> tuple[Planes | None, str]:
+    """The planes of a frame as it is to be shown, and their form, `WIDTHxHEIGHT PIX_FMT RANGE`.
+
+    form: what to bring them to, by swscale's bicubic filter. There are none of RGB, of palettes,
+    and of pictures that lie on their side and whose chroma is halved in one direction only.
+    """
+    rotation, mirrored = colour.orientation(frame)
+    own = "full" if colour.is_full_range(frame) else "limited"
+    lies = rotation % 180 != 0
+    if form is not None:
+        shape, pix_fmt, wanted = form.split()
+        size = [int(side) for side in shape.split("x")]
+        width, height = reversed(size) if lies else size
+        frame = frame.reformat(
+            width,
+            height,
+            pix_fmt,
+            interpolation="BICUBIC",
+            src_color_range=_RANGES[own],
+            dst_color_range=_RANGES[wanted],
+        )
+        own = wanted
+    width, height = (frame.height, frame.width) if lies else (frame.width, frame.height)
+    its_form = f"{width}x{height} {frame.format.name} {own}"
+    try:
+        found = planes_of(frame)
+    except ValueError:
+        return None, its_form
+    if lies and found.u is not None and _is_oblong(found.y, found.u):
+        return None, its_form
+
+    def turned(plane: Plane) -> Plane:
+        return colour.upright(plane, rotation, mirrored)
+
+    u, v = (None if plane is None else turned(plane) for plane in (found.u, found.v))
+    return Planes(turned(found.y), u, v, found.bits), its_form
+
+
+def _is_oblong(luma: Plane, chroma: Plane) -> bool:
+    """Whether chroma is halved in one direction only."""
+    halved = [a < b for a, b in zip(chroma.shape, luma.shape, strict=True)]
+    return bool(halved[0] != halved[1])
 
 
 def planes_of_rgb(rgb: npt.NDArray[np.uint8]) -> Planes:

@@ -46,13 +46,14 @@ class Light:
 
 
 def to_bt709(
-    red: Plane, green: Plane, blue: Plane, light: Light, top: int
+    red: Plane, green: Plane, blue: Plane, light: Light, bottom: int, top: int
 ) -> npt.NDArray[np.uint8]:
-    """Planes [H,W], `top` being 1.0, to BT.709 RGB of a BT.1886 display, uint8 [H,W,3].
+    """Planes [H,W] to BT.709 RGB of a BT.1886 display, uint8 [H,W,3].
 
-    Colours outside BT.709 are clipped, channel by channel.
+    `bottom` and `top` are the codes of 0 and of 1. Colours outside BT.709 are clipped, channel by
+    channel.
     """
-    linear, tone, encode = _linear_table(light, top), _tone_table(light), _encode_table()
+    linear, tone, encode = _linear_table(light, bottom, top), _tone_table(light), _encode_table()
     matrix = gamut_matrix(light.primaries, "bt709").astype(np.float32)
     out = np.empty((*red.shape, 3), np.uint8)
     for start in range(0, red.shape[0], _STRIP):
@@ -154,9 +155,9 @@ def _xyz(x: float, y: float) -> Floats:
 
 
 @functools.lru_cache(maxsize=4)
-def _linear_table(light: Light, top: int) -> npt.NDArray[np.float32]:
+def _linear_table(light: Light, bottom: int, top: int) -> npt.NDArray[np.float32]:
     """From a 16-bit code: light of the target display (PQ, SDR) or of the scene (HLG), 0..1."""
-    code = np.minimum(np.arange(1 << 16) / top, 1)
+    code = np.clip((np.arange(1 << 16) - bottom) / (top - bottom), 0, 1)
     if light.transfer == "pq":
         linear = tone_curve(pq_to_nits(code), light.peak_nits) / WHITE_NITS
     elif light.transfer == "hlg":

@@ -97,6 +97,14 @@ def test_a_user_error_is_one_clear_line_and_exit_code_1(tmp_path, folder, argume
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_filter_does_not_write_among_the_tables(scored):
+    out, _ = scored
+    done = topiq("filter", out, "--where", "true", "--to", out / "scores/keep.parquet")
+    assert done.returncode == 1
+    assert "lies among the output's own tables" in done.stderr
+    assert not (out / "scores/keep.parquet").exists()
+
+
 def test_filter_keeps_what_the_condition_says_and_counts_it(scored, tmp_path):
     out, _ = scored
     best = duckdb.sql(f"SELECT max(score) FROM '{out}/scores/*.parquet'").fetchall()[0][0]
@@ -163,6 +171,15 @@ def test_an_estimate_can_use_the_speed_of_an_earlier_run(scored, tmp_path, folde
     assert f"of all CPU scorers in {out / 'run.json'}" in done.stdout
     stage = json.loads((out / "run.json").read_text())["stages"]["score"]
     assert f"{stage['pixels_per_s'] / 1e6:.1f} megapixels a second" in done.stdout
+
+
+def test_an_estimate_leaves_out_what_is_scored(scored, tmp_path, folder):
+    out, _ = scored
+    copy = shutil.copytree(out, tmp_path / "copy")
+    done = topiq("plan", folder, "-o", copy, "--estimate", "--speed-from", out / "run.json")
+    assert done.returncode == 0, done.stderr
+    assert "3 of them scored already" in done.stdout
+    assert "0.000 gigapixels to score" in done.stdout
 
 
 def test_a_wrong_command_line_is_not_mistaken_for_failed_items():

@@ -42,6 +42,15 @@ def made(photos, tmp_path_factory):
     return output, make([photos], output)
 
 
+def test_photos_of_one_name_are_refused_before_any_is_made(photos, tmp_path):
+    twin = tmp_path / "b" / "1.png"
+    twin.parent.mkdir()
+    Image.fromarray(picture(9, 200, 240)).save(twin)
+    with pytest.raises(TopiqError, match=r"b/1\.png: called the same as .*1\.png"):
+        make([photos, twin.parent], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_photo_becomes_ladders_and_an_identical_pair(made):
     output, rows = made
     assert len(rows) == 3 * (1 + 3 * 5)
@@ -76,6 +85,14 @@ def test_the_set_is_decided_by_its_seed_and_made_once(made, photos, tmp_path):
 def test_of_a_csv_the_best_photos_are_taken(photos, tmp_path):
     rows = make([photos / "mos.csv"], tmp_path)
     assert {row["source"].rpartition("-")[0] for row in rows} == {"1"}
+
+
+def test_a_path_that_leads_nowhere_and_an_odd_side_are_refused(photos, tmp_path):
+    with pytest.raises(TopiqError, match=r"gone\.png: no such picture"):
+        make([tmp_path / "gone.png"], tmp_path / "out")
+    with pytest.raises(typer.BadParameter, match="even"):
+        distort([photos], tmp_path / "out", **(CHOICE | {"side": SIDE + 1}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_photos_are_said_to_be_none(tmp_path):
@@ -161,6 +178,30 @@ def test_pairs_beside_ratings_are_measured_apart(made, rated, tmp_path):
     card = trained_on_ratings(rated, tmp_path, pairs=made[0] / "pairs.csv")
     assert {"srocc", "plcc", "pairs_srocc", "pairs_ladder_srocc"} <= set(card.accuracy)
     assert card.recipe["pair_batch"] > 0
+
+
+def test_what_cannot_work_is_said_before_the_training(rated, tmp_path):
+    few = tmp_path / "few.csv"
+    few.write_text("image,mos\n" + "".join(f"{n}.png,{10 * n}\n" for n in range(9)))
+    options = {"backbone": rated / "imagenet.pth", "crop": 64}
+    with pytest.raises(typer.BadParameter, match="9 ratings are too few.*25 or more"):
+        train(few, tmp_path / "m.safetensors", tmp_path / "w", "nine", **options)
+    with pytest.raises(typer.BadParameter, match="--device gpu: cannot be used"):
+        trained_on_ratings(rated, tmp_path, device="gpu")
+    assert not (tmp_path / "w").exists()
+
+
+def test_namesakes_are_refused_only_where_pairs_are_told_by_name(made, rated, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in range(15):
+            Image.fromarray(picture(number, 72, 72)).save(tmp_path / folder / f"{number}.png")
+    lines = [f"{folder}/{n}.png,{5 * n}" for folder in "ab" for n in range(15)]
+    (tmp_path / "mos.csv").write_text("\n".join(["image,mos", *lines]) + "\n")
+    (tmp_path / "imagenet.pth").symlink_to(rated / "imagenet.pth")
+    assert trained_on_ratings(tmp_path, tmp_path).accuracy
+    with pytest.raises(TopiqError, match="one name in different folders"):
+        trained_on_ratings(tmp_path, tmp_path / "work2", pairs=made[0] / "pairs.csv")
 
 
 def test_the_same_seed_gives_the_same_accuracy(rated, tmp_path):

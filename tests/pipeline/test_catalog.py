@@ -68,6 +68,19 @@ def write_manifest(path, rows):
     return str(path)
 
 
+def test_a_csv_keeps_identifiers_and_numbers_what_they_are(tmp_path):
+    (tmp_path / "list.csv").write_text(
+        "uri,id,views,plus,share,long,nothing\n"
+        "a.mp4,007,12,+49,0.5,12345678901234567890,\nb.mp4,10,-3,31,1e3,1,\n"
+    )
+    table = catalog.read(str(tmp_path / "list.csv")).table
+    kinds = {"id": "string", "views": "int64", "plus": "string", "share": "double"}
+    for name, kind in (kinds | {"long": "string", "nothing": "string"}).items():
+        assert table.schema.field(name).type == pa.type_for_alias(kind), name
+    assert table["id"].to_pylist() == ["007", "10"]
+    assert table["nothing"].to_pylist() == [None, None]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "ndjson"])
 def test_a_manifest_keeps_its_order_and_its_columns(tmp_path, suffix):
     rows = [

@@ -11,11 +11,13 @@ import ray
 
 from pipeline import cluster
 from pipeline.config import Config
+from pipeline.errors import RunError
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 from pipeline import cluster
 from pipeline.config import Config
+from pipeline.errors import RunError
 cluster.connect(Config(object_store_bytes=100 << 20))
 import psutil
 family = [psutil.Process(), *psutil.Process().children(recursive=True)]
@@ -36,6 +38,12 @@ def test_a_cluster_started_here_listens_on_loopback_only():
     listeners = [(name, ip) for name, ip, *port in lines if port]
     assert any("gcs_server" in name for name, _ in listeners)
     assert [ip for _, ip in listeners if not is_loopback(ip)] == []
+
+
+def test_an_object_store_larger_than_the_memory_is_refused_before_anything_starts():
+    with pytest.raises(RunError, match="Lower object_store_bytes"):
+        cluster.connect(Config(object_store_bytes=1 << 50))
+    assert not ray.is_initialized()
 
 
 def is_loopback(text):

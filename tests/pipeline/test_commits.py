@@ -47,3 +47,25 @@ def test_recovery_that_breaks_off_can_be_repeated(tmp_path, monkeypatch):
     assert left(tmp_path) == WHOLE | HALF
     commits.recover(output)
     assert left(tmp_path) == WHOLE
+
+
+def test_rows_that_come_after_their_run_was_recovered_go_as_well(tmp_path):
+    """A task of a lost scorer ends its upload when the run is over or goes on without it."""
+    lay(tmp_path, *WHOLE, "frame_scores/w1_0-0.parquet", "failures/w1_0-0.parquet")
+    lay(tmp_path, "failures/plan-m.parquet")
+    commits.recover(Output(str(tmp_path)))
+    assert left(tmp_path) == WHOLE | {"failures/plan-m.parquet"}
+
+
+def test_a_commit_whose_rows_were_removed_meanwhile_is_undone(tmp_path):
+    lay(tmp_path, *WHOLE, "_checkpoint/w1_0.parquet")
+    commits.recover(Output(str(tmp_path)))
+    assert left(tmp_path) == WHOLE
+
+
+def test_a_copy_without_its_commits_is_refused_and_stays_as_it_is(tmp_path):
+    rows = WHOLE - {"_checkpoint/w2_0.parquet"}
+    lay(tmp_path, *rows)
+    with pytest.raises(OutputError, match="copy that folder too"):
+        commits.recover(Output(str(tmp_path)))
+    assert left(tmp_path) == rows

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import correlate1d
 
+from jobs.sample_media import encode, landscape
 from pipeline.fidelity import MEASURES, fidelity
-from pipeline.media.planes import Planes, planes_of
+from pipeline.media.planes import Planes, planes_of, upright_planes
 
 ALL = tuple(MEASURES)
 GAUSSIAN = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
@@ -201,3 +202,44 @@ def test_planes_come_out_sample_by_sample_without_their_padding(pix_fmt, size):
 def test_what_has_no_planes_of_its_own_is_refused(pix_fmt):
     with pytest.raises(ValueError, match=pix_fmt):
         planes_of(av.VideoFrame(32, 16, pix_fmt))
+
+
+def first_planes(path, form=None):
+    with av.open(str(path)) as container:
+        return upright_planes(next(container.decode(video=0)), form)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_planes_of_a_picture_on_its_side_are_those_of_it_upright(tmp_path, mirrored):
+    """As the master of a phone, and a transcode that was turned for good; either may be first."""
+    picture = landscape(128, 96, seed=4)
+    lying = np.rot90(picture, 3)  # FFmpeg counts the display rotation anticlockwise
+    upright = encode(tmp_path / "upright.mp4", [picture] * 3, options={"crf": "4"})
+    lies = encode(tmp_path / "lies.mp4", [lying] * 3, options={"crf": "4"}, rotation=90)
+    reference, distorted = (lies, upright) if mirrored else (upright, lies)
+    theirs, form = first_planes(reference)
+    ours, same = first_planes(distorted, form)
+    assert form == same == "96x128 yuv420p limited"
+    assert fidelity(ours, theirs, ["psnr"])["psnr_y"] > 40
+
+
+def test_a_rendition_in_another_range_is_brought_to_that_of_its_reference(tmp_path):
+    picture = landscape(96, 128, seed=4)
+    clips = {}
+    for name, pix_fmt in (("full", "yuvj420p"), ("limited", "yuv420p")):
+        clips[name] = encode(
+            tmp_path / f"{name}.mp4", [picture] * 3, options={"crf": "4"}, pix_fmt=pix_fmt
+        )
+    for reference, distorted in (("full", "limited"), ("limited", "full")):
+        theirs, form = first_planes(clips[reference])
+        assert form.endswith(reference)
+        ours, _ = first_planes(clips[distorted], form)
+        assert fidelity(ours, theirs, ["psnr"])["psnr_y"] > 40
+
+
+def test_chroma_that_is_halved_one_way_does_not_go_on_its_side(tmp_path):
+    lies = encode(
+        tmp_path / "a.mp4", [landscape(96, 128, seed=4)] * 3, rotation=90, pix_fmt="yuv422p"
+    )
+    planes, form = first_planes(lies)
+    assert (planes, form) == (None, "96x128 yuv422p limited")

@@ -167,3 +167,24 @@ def test_what_a_killed_owner_was_writing_is_removed_by_the_next(output, tmp_path
     assert left.read_text() == "half"
     with lease.held(output, "next"):
         assert list((tmp_path / "scores").iterdir()) == []
+
+
+def test_a_lease_outlives_a_store_that_does_not_answer_for_a_while(output, monkeypatch):
+    """Object stores raise exceptions of their own, which are no OSErrors."""
+
+    class Unreachable(Exception):
+        pass
+
+    def refuse(*_, **__):
+        raise Unreachable
+
+    with lease.held(output, "run"):
+        with monkeypatch.context() as away:
+            for name in ("read_text", "ls"):
+                away.setattr(output.fs, name, refuse)
+            time.sleep(0.5)
+        before = on_disk(output)["renewals"]
+        deadline = time.monotonic() + 10
+        while on_disk(output)["renewals"] < before + 2:
+            assert time.monotonic() < deadline
+    assert output.read_text(lease.FILE) is None

@@ -26,7 +26,11 @@ def test_the_same_path_below_both_roots_pairs_in_any_order_and_with_gaps(keys, d
             assert pair.reference.rpartition(".")[0] == f"s3://m/ref/{key}"
             assert pair.problem is None
         else:
-            assert pair == Pairing(pair.distorted, None, f"no reference has its key '{key}'.")
+            assert pair == Pairing(
+                pair.distorted,
+                None,
+                f"no reference has its key '{key}'; with pair_pattern, choose another key.",
+            )
 
 
 @given(titles=st.sets(st.integers(0, 999), min_size=1, max_size=15), seed=st.integers(0, 9))

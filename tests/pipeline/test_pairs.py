@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline import pairs
 from pipeline.errors import Misaligned
+from pipeline.media.probe import Facts
 from pipeline.media.sample import SampleSpec, Timeline
 
 
@@ -56,6 +59,15 @@ def test_renditions_are_compared_at_the_same_frames_of_their_reference(spec, jit
     )
 
 
+@pytest.mark.parametrize("spec", ["uniform:16", "fps:2"])
+def test_a_rendition_that_ends_early_is_judged_by_what_it_has_alike(spec):
+    reference, distorted = timeline(240, 24.0), timeline(120, 24.0)
+    found = pairs.pair_frames("x", SampleSpec.parse(spec), distorted, reference, 0.0)
+    assert len(set(np.round(found.samples.weights, 6))) == 1
+    assert sum(found.samples.weights) == pytest.approx(5.0)
+    assert found.reference_times == found.samples.times
+
+
 @pytest.mark.parametrize("rates", [(30.0, 60.0), (60.0, 30.0), (25.0, 24.0)])
 def test_other_frame_rates_are_paired_by_what_is_on_screen(rates):
     ours, theirs = rates
@@ -83,3 +95,22 @@ def test_two_videos_of_one_frame_are_one_pair(spec):
 def test_files_that_show_nothing_together_are_refused():
     with pytest.raises(Misaligned, match=r"x: no frame of it .*\+9\.000 s"):
         pairs.pair_frames("x", SampleSpec("all"), timeline(10, 25), timeline(10, 25), 9.0)
+
+
+def facts(width, height, crop):
+    known = {"kind": "video", "coded_width": width, "coded_height": height, "crop": crop}
+    names = [field.name for field in dataclasses.fields(Facts)]
+    return Facts(**(dict.fromkeys(names) | known))
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("320:134:0:23", "320:132:0:24"),  # blurred bars
+        ("320:180:0:0", "320:180:0:0"),  # another cut: the rendition's bars hold something
+        (None, None),
+    ],
+)
+def test_a_small_rendition_is_cut_where_its_reference_is(own, expected):
+    reference = facts(960, 540, "960:398:0:71")
+    assert pairs.common_crop(facts(320, 180, own), reference) == expected

@@ -191,6 +191,19 @@ def test_the_same_command_again_scores_nothing_and_a_new_reference_everything(
     )
 
 
+def test_a_reference_that_cannot_be_decoded_counts_as_a_try(catalog):
+    unit = dict.fromkeys(schemas.PLAN.names) | {
+        "unit_id": "1", "item_id": "1", "uri": str(catalog / "out/p.png"), "kind": "image",
+        "model": "m", "unit_index": 0, "n_units": 1, "times_s": [0.0], "weights_s": [0.0],
+        "reference_times_s": [0.0], "ladder_id": "l", "reference_uri": str(catalog / "gone.png"),
+    }  # fmt: skip
+    table = pa.Table.from_pylist([unit], schemas.PLAN).select(score_pairs.LADDERS.columns)
+    ladders = score_pairs.as_ladders(table)
+    (row,) = score_pairs.decode_ladders(ladders, Config(), "run", {}, {"1": 2})
+    (outcome,) = row["outcomes"][0].as_py()
+    assert (outcome["code"], outcome["attempt"]) == ("not_found", 3)
+
+
 def test_a_ladder_of_five_decodes_each_reference_frame_once(catalog, monkeypatch):
     """Counted in the decoder itself: frames asked of the reference's file."""
     asked = Counter()
@@ -309,4 +322,6 @@ def test_what_one_of_two_models_cannot_score_neither_scores(model, tmp_path):
         ("untrained_fr", "too_small"),
         ("cfanet_lite_nr", "too_small"),
     }
+    for row in failed:
+        assert [row[column] for column in schemas.NULL_WHEN_FAILED] == [None] * 7
     assert run.retry(str(out), ["too_small"], lambda *_, **__: None).failed == 1

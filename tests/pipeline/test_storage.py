@@ -1,3 +1,4 @@
+import contextlib
 import http.server
 import resource
 import threading
@@ -5,9 +6,13 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from pipeline import storage
-from pipeline.errors import AccessDenied, NotFound, OutputError, StorageError
+from pipeline.errors import AccessDenied, NotFound, OutputError, StorageError, Throttled
+from pipeline.media.decode import Limits, decode_at
+from pipeline.media.probe import probe
+from pipeline.media.sample import SampleSpec
 from pipeline.output import Output
 from pipeline.storage import redacted
 
@@ -191,6 +196,116 @@ def test_an_object_whose_server_does_not_tell_its_size_is_read_whole(clips, monk
         with pytest.raises(StorageError, match="Content-Length"), storage.open_media(url):
             pass
         server.shutdown()
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers with the status in the path, or, beyond the first `good` bytes, with 503."""
+
+    body, good = b"", 0
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        part = self.path.strip("/").split("/")[0]
+        if part.isdigit():
+            self.answer(int(part))
+            return
+        asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        begin, end = int(asked[0]), min(int(asked[1] or 1 << 40) + 1, len(self.body))
+        if self.command == "GET" and end > self.good:
+            self.answer(503)
+            return
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(self.body)}")
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(self.body[begin:end])
+
+    def answer(self, status):
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(**fields):
+    handler = type("Serve", (Refusing,), fields)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+STATUSES = {
+    404: NotFound, 410: NotFound, 401: AccessDenied, 403: AccessDenied,
+    429: Throttled, 503: Throttled, 500: StorageError, 502: StorageError,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("read", [storage.stat, storage.read_head])
+def test_what_a_web_server_answers_is_told_apart(status, read):
+    with serving() as url, pytest.raises(STATUSES[status]) as caught:
+        read(f"{url}/{status}/a.mp4")
+    assert caught.value.transient == (status in (429, 503, 500, 502))
+
+
+def test_a_store_that_cannot_be_reached_is_tried_again(monkeypatch):
+    with serving() as url:
+        pass
+    with pytest.raises(StorageError, match=r"a\.mp4") as caught:
+        storage.stat(f"{url}/a.mp4")
+    assert caught.value.transient
+    for name, value in {
+        "ACCESS_KEY_ID": "a",
+        "SECRET_ACCESS_KEY": "b",
+        "ENDPOINT_URL": url,
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    with pytest.raises(StorageError, match=r"a\.mp4"):
+        storage.read_head("s3://bucket/a.mp4")
+
+
+def test_a_store_that_breaks_off_in_the_middle_is_no_damage_to_the_file(monkeypatch, clips):
+    """Large files are read in ranges, by the decoders themselves."""
+    monkeypatch.setattr(storage, "REQUEST_BYTES", 1)
+    monkeypatch.setattr(storage, "HEADER_BYTES", 1 << 12)
+    body = clips["h264.ts"].read_bytes()
+    with serving(body=body, good=len(body) // 2) as url:
+        with pytest.raises(Throttled, match="clip"):
+            probe(f"{url}/clip.ts", SampleSpec.parse("all"), 1 << 20)
+        with pytest.raises(Throttled, match="clip"):
+            decode_at(f"{url}/clip.ts", [0.0, 1.5], [1.0, 1.0], Limits(1 << 20, 1 << 30))
+
+
+def test_a_mistyped_bucket_is_an_error_and_no_request_to_make_one():
+    asked = []
+
+    class Stub(Refusing):
+        def do_GET(self):
+            asked.append(f"{self.command} {self.path}")
+            self.answer(403)
+
+        do_PUT = do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        output = Output("s3://typo/out")
+        output.fs = s3fs.S3FileSystem(key="a", secret="b", endpoint_url=url)
+        output.create()
+        with pytest.raises(OutputError, match=r"run\.json: cannot be written"):
+            output.write_text("{}", "run.json")
+        output.arrow_filesystem().create_dir("typo/out/frame_scores")
+        server.shutdown()
+    assert asked
+    assert {line.split("?")[0] for line in asked} == {"PUT /typo/out/run.json"}
 
 
 def test_files_are_found_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):

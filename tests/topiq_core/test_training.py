@@ -12,6 +12,7 @@ from golden.parameters import fill, picture
 from PIL import Image
 from torchvision.models import mobilenet_v2
 
+from pipeline.media.image import decode
 from topiq_core import weights
 from topiq_core.cards import Architecture, Card
 from topiq_core.cfanet import CFANet
@@ -298,6 +299,17 @@ def test_an_absent_ratings_file_is_named(tmp_path):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(("scale", "refused"), [((1, 5), False), ((5, 1), False), ((1, 3), True)])
+def test_a_rating_off_its_scale_is_refused_by_line(tmp_path, scale, refused):
+    path = tmp_path / "r.csv"
+    path.write_text("image,mos\na.png,2\nb.png,4.5\n")
+    if not refused:
+        assert [0 <= r.mos <= 1 for r in read_ratings(path, scale)] == [True, True]
+        return
+    with pytest.raises(RatingsError, match=r"r\.csv:3: 4\.5 is not .* 1 to 3.*--mos-high"):
+        read_ratings(path, scale)
+
+
 def test_an_empty_rating_scale_is_refused(tmp_path):
     path = tmp_path / "ratings.csv"
     path.write_text("image,mos\na.jpg,3\n")
@@ -504,3 +516,20 @@ def test_a_recipe_for_several_workers_does_not_train_alone(ratings, backbone, tm
     recipe = dataclasses.replace(RECIPE, workers=2)
     with pytest.raises(TopiqError, match="1 processes"):
         loop.fit(ARCHITECTURE, recipe, ratings, backbone, tmp_path / "run.pt")
+
+
+def test_pictures_are_read_as_scoring_reads_them(tmp_path):
+    rgb = np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=turned)
+    alpha = np.broadcast_to(np.uint8(100), (40, 60, 1))
+    Image.fromarray(np.concatenate([rgb, alpha], axis=2)).save(tmp_path / "thin.png")
+    Image.fromarray(rgb).quantize(16).save(tmp_path / "palette.png", transparency=3)
+    for path in tmp_path.iterdir():
+        expected = decode(str(path), 1 << 20, "black")
+        assert np.array_equal(loop.read_rgb(path).permute(1, 2, 0).numpy(), expected), path
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(deep)
+    with pytest.raises(RatingsError, match=r"deep\.png.*8 bits"):
+        loop.read_rgb(deep)

@@ -80,6 +80,11 @@ def split_beside(
     `share` of them held out. So no side has seen a photo of the other one, in any form.
     """
     rated = {source_name(photo.path) for photo in photos}
+    if pairs and len(rated) < len({photo.path for photo in photos}):
+        raise RatingsError(
+            "rated photos of one name in different folders: pairs made from them cannot be told "
+            "apart. Rename them, and make the pairs again."
+        )
     held_out = {source_name(photo.path) for photo in held_out_photos}
     others = [pair for pair in pairs if pair.source not in rated]
     kept, apart = split_by_source(others, seed, share)

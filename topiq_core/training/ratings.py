@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -70,6 +70,11 @@ def rated_rows(
                 mos = float(row["mos"])
                 if not math.isfinite(mos):
                     raise RatingsError(f"{place}: {mos} is no rating.")
+                if not min(low, high) <= mos <= max(low, high):
+                    raise RatingsError(
+                        f"{place}: {mos:g} is not on the rating scale from {low:g} to {high:g}. "
+                        "Say which one it is on with --mos-low and --mos-high."
+                    )
                 yield place, row, (mos - low) / (high - low)
     except (OSError, ValueError) as error:
         raise RatingsError(f"{path}: {error}") from error
@@ -138,9 +143,21 @@ class RatedImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 def read_rgb(path: Path) -> Tensor:
-    """An image file as uint8 [3,H,W]."""
+    """An image file as uint8 [3,H,W], as scoring sees it: upright, and over black where it is
+    transparent. Raises RatingsError, also for more than 8 bits: what scoring makes of those is not
+    Pillow's conversion.
+    """
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
+            if image.mode not in _EIGHT_BITS:
+                raise RatingsError(f"{path}: {image.mode} is not of 8 bits. Convert it to 8 bits.")
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                rgba = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+            return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError) as error:
         raise RatingsError(f"{path}: cannot be read as an image ({error}).") from error
+
+
+_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")

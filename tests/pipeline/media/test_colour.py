@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, VideoReformatter
+from PIL import Image
 
 from benchmarks.colour import (
     DEPTHS,
@@ -18,6 +19,7 @@ from benchmarks.colour import (
     centres,
     coded,
     decoded,
+    gray_error,
     hdr_error,
     hdr_expected,
     patches,
@@ -25,6 +27,7 @@ from benchmarks.colour import (
 )
 from jobs.sample_media import landscape
 from pipeline.errors import MediaError
+from pipeline.media import image
 from pipeline.media.colour import Policy, look_of, objection, to_rgb
 from pipeline.media.decode import Limits, decode_at
 
@@ -56,6 +59,52 @@ def test_the_table_of_the_page_is_what_is_measured():
         for subsampling, cell in zip(SUBSAMPLINGS, cells.split(" | "), strict=True):
             found = sdr_error(Signal(matrix, span == "full", int(depth), subsampling))
             assert float(cell) == pytest.approx(found, abs=0.1)
+
+
+def test_the_table_of_gray_video_is_what_is_measured():
+    rows = re.findall(r"^\| (limited|full) \| (.+) \|$", PAGE, re.M)
+    assert [span for span, _ in rows] == ["limited", "full"]
+    for span, cells in rows:
+        for depth, cell in zip(DEPTHS, cells.split(" | "), strict=True):
+            found = gray_error(span == "full", depth)
+            assert found <= 0.51
+            assert float(cell) == pytest.approx(found, abs=0.01)
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+@pytest.mark.parametrize(("span", "black", "white"), [(0, 16, 235), (1, 16, 235), (2, 0, 255)])
+def test_gray_video_of_limited_range_is_expanded(tmp_path, depth, span, black, white):
+    """HEVC 4:0:0; a range that is not tagged is limited, as everywhere."""
+    name, dtype = ("gray", "u1") if depth == 8 else (f"gray{depth}le", "<u2")
+    top = (1 << depth) - 1 if span == 2 else white << (depth - 8)
+    with av.open(str(tmp_path / "gray.mp4"), "w") as container:
+        options = {"x265-params": "log-level=none:lossless=1"}
+        stream = container.add_stream("libx265", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, name
+        stream.codec_context.color_range = span
+        for index in range(5):
+            frame = av.VideoFrame(128, 64, name)
+            (plane,) = frame.planes
+            codes = np.full((64, plane.line_size // np.dtype(dtype).itemsize), top, dtype)
+            codes[:, :64] = black << (depth - 8)
+            plane.update(codes.tobytes())
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    found = decode_at(str(tmp_path / "gray.mp4"), [0.0], [1.0], LIMITS)
+    assert (found.look.pix_fmt, found.look.full_range) == (name, span == 2)
+    assert (found.shots[0].rgb[:, :64] == 0).all()
+    assert (found.shots[0].rgb[:, 64:] == 255).all()
+
+
+def test_hdr_gray_of_limited_range_is_black_at_the_bottom_and_white_at_the_top():
+    frame = blank(16, 128, "gray10le", color_trc=16, color_range=1)
+    codes = np.full((16, frame.planes[0].line_size // 2), 940, "<u2")
+    codes[:, :64] = 64
+    frame.planes[0].update(codes.tobytes())
+    rgb = to_rgb(frame, look_of(frame), VideoReformatter())
+    assert (rgb[:, :64] == 0).all()
+    assert (rgb[:, 64:] == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +171,110 @@ def test_untagged_video_is_bt709_when_hd_and_bt601_when_sd(height, width, matrix
 def test_a_matrix_without_a_conversion_is_an_objection_not_a_guess():
     assert "ictcp" in objection(look_of(blank(colorspace=14)), Policy())
     assert objection(look_of(blank(colorspace=9)), Policy()) is None
+
+
+# --- transparency -------------------------------------------------------------------------------
+
+
+def write_frames(path, codec, frames):
+    """Frames as they are, in a codec without losses."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = frames[0].width, frames[0].height
+        stream.pix_fmt = frames[0].format.name
+        for index, frame in enumerate(frames):
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def over(path, background):
+    policy = Policy(alpha=background)
+    return decode_at(str(path), [0.0], [1.0], LIMITS, policy=policy).shots[0].rgb
+
+
+@pytest.mark.parametrize(("background", "level"), [("black", 0), ("white", 255)])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_gif_is_laid_over_the_background_as_a_png_is(tmp_path, frames, background, level):
+    layer = Image.new("P", (64, 48), 1)
+    layer.putpalette([255, 0, 255, 0, 255, 0])
+    layer.paste(0, (0, 0, 32, 48))
+    layer.save(tmp_path / "a.png", transparency=0)
+    others = [layer.transpose(Image.Transpose.FLIP_TOP_BOTTOM)] * (frames - 1)
+    layer.save(tmp_path / "a.gif", transparency=0, save_all=True, append_images=others)
+    rgb = over(tmp_path / "a.gif", background)
+    assert (rgb[:, :32] == level).all()
+    assert (rgb[:, 32:] == (0, 255, 0)).all()
+    assert np.array_equal(rgb, image.decode(str(tmp_path / "a.png"), 10**8, background))
+
+
+@pytest.mark.parametrize(("background", "back"), [("black", 0), ("white", 255)])
+@pytest.mark.parametrize(
+    ("file", "codec", "name"),
+    [("a.mov", "qtrle", "argb"), ("a.mkv", "ffv1", "bgra"), ("a.avi", "png", "rgba")],
+)
+def test_video_with_alpha_is_laid_over_the_background(
+    tmp_path, file, codec, name, background, back
+):
+    pixels = np.zeros((64, 256, 4), np.uint8)
+    pixels[...] = (200, 100, 50, 0)
+    pixels[..., 3] = np.arange(256)
+    order = ["rgba".index(channel) for channel in name]
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[..., order]), format=name)
+    found = over(write_frames(tmp_path / file, codec, [frame]), background)
+    share = np.arange(256)[:, None] / 255
+    expected = np.array([200, 100, 50]) * share + back * (1 - share)
+    assert np.abs(found - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("name", "plain_name"),
+    [
+        ("yuva420p", "yuv420p"),
+        ("yuva444p10le", "yuv444p10le"),
+        ("yuva444p16le", "yuv444p16le"),
+        ("gbrap12le", "gbrp12le"),
+        ("ya16le", "gray16le"),
+    ],
+)
+@pytest.mark.parametrize("span", [1, 2])
+def test_alpha_of_any_depth_hides_all_at_zero_and_nothing_at_its_top(name, plain_name, span):
+    """The colours of what is opaque are those of the same format without alpha."""
+    layered, plain = (blank(16, 128, n, color_range=span) for n in (name, plain_name))
+    depth = layered.format.components[0].bits
+    dtype = np.dtype("u1" if depth == 8 else "<u2")
+    middle, top = 150 << (depth - 8), (1 << depth) - 1
+    for frame in (layered, plain):
+        for index, plane in enumerate(frame.planes):
+            codes = np.full((plane.height, plane.line_size // dtype.itemsize), middle, dtype)
+            if frame is layered and name == "ya16le":
+                codes[:, 1:128:2], codes[:, 129:256:2] = 0, top
+            elif index == 3:
+                codes[:, :64], codes[:, 64:] = 0, top
+            plane.update(codes.tobytes())
+    rgb = to_rgb(layered, look_of(layered), VideoReformatter(), "white")
+    assert (rgb[:, :64] == 255).all()
+    opaque = to_rgb(plain, look_of(plain), VideoReformatter())[:, 64:]
+    assert np.abs(rgb[:, 64:].astype(int) - opaque).max() <= (0 if depth == 8 else 1)
+
+
+def test_a_palette_may_have_transparent_colours():
+    """PNG in MOV or AVI has them."""
+    indices = np.repeat(np.array([[0, 1, 2]], np.uint8), 64, axis=0).repeat(64, axis=1)
+    palette = np.zeros((256, 4), np.uint8)
+    palette[:3] = [(255, 10, 20, 30), (0, 10, 20, 30), (51, 255, 0, 100)]  # A, R, G, B
+    frame = av.VideoFrame.from_ndarray((indices, palette), format="pal8")
+    rgb = to_rgb(frame, look_of(frame), VideoReformatter(), "white")
+    assert rgb[5, [5, 70, 140]].tolist() == [[10, 20, 30], [255, 255, 255], [255, 204, 224]]
+
+
+def test_the_unused_fourth_byte_of_uncompressed_avi_hides_nothing(tmp_path):
+    pixels = np.zeros((64, 96, 4), np.uint8)
+    pixels[..., :3] = landscape(64, 96, seed=3)[..., ::-1]
+    frame = av.VideoFrame.from_ndarray(pixels, format="bgra")
+    path = write_frames(tmp_path / "capture.avi", "rawvideo", [frame])
+    assert np.array_equal(over(path, "black"), pixels[..., 2::-1])
 
 
 # --- HDR and wide gamut -------------------------------------------------------------------------

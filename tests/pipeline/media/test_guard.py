@@ -94,6 +94,17 @@ def test_the_policy_and_the_crop_reach_the_child(guard, tmp_path):
         guard.decode_video(hdr, [0.0], [1.0], PIXELS, BYTES, LONG_S, refuse)
 
 
+def test_the_background_of_transparent_video_reaches_the_child(guard, tmp_path):
+    layer = Image.new("P", (64, 48), 0)
+    layer.putpalette([255, 0, 255])
+    layer.save(tmp_path / "a.gif", transparency=0)
+    for background, level in (("black", 0), ("white", 255)):
+        policy = Policy(alpha=background)
+        path = str(tmp_path / "a.gif")
+        (picture,) = pictures(guard.decode_video(path, [0.0], [1.0], PIXELS, BYTES, LONG_S, policy))
+        assert (picture == level).all()
+
+
 def test_an_image_of_the_child_is_that_of_the_decoder(guard, tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(landscape(40, 60, seed=1)).save(path)
