@@ -21,7 +21,7 @@ demo: env  ## make a small catalog, score it, print the table
 	$(BIN)/python -m jobs.demo
 
 test: env lint  ## lint, types, and every test that protects a promise
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
 	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \
