@@ -82,7 +82,7 @@ def _files(photos: Sequence[Path], best: int) -> list[Path]:
         if path.is_dir():
             out += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         elif path.suffix == ".csv":
-            rated = sorted(read_ratings(path, (0, 1)), key=lambda r: (-r.mos, r.path.name))
+            rated = sorted(read_ratings(path, None), key=lambda r: (-r.mos, r.path.name))
             out += [rating.path for rating in rated[:best]]
         elif path.is_file():
             out.append(path)

@@ -33,11 +33,12 @@ class Rating:
     votes: tuple[float, ...] = ()
 
 
-def read_ratings(path: Path, mos_range: tuple[float, float]) -> list[Rating]:
+def read_ratings(path: Path, mos_range: tuple[float, float] | None) -> list[Rating]:
     """Read `image,mos` (or `uri,mos`), file names relative to the CSV. Raises RatingsError.
 
     Columns `votes_1` .. `votes_K`, if there are any, say how many people gave each grade.
-    mos_range: the ends of the rating scale, mapped to 0 and 1.
+    mos_range: the ends of the rating scale, mapped to 0 and 1; None where the order is all that
+    counts.
     """
     return [
         Rating(path.parent / (row.get("image") or row["uri"]), mos, _shares(row, place))
@@ -49,14 +50,14 @@ Row = dict[str, str]
 
 
 def rated_rows(
-    path: Path, columns: Sequence[tuple[str, ...]], mos_range: tuple[float, float]
+    path: Path, columns: Sequence[tuple[str, ...]], mos_range: tuple[float, float] | None
 ) -> Iterator[tuple[str, Row, float]]:
     """The rows of a CSV that has a column of each of `columns`, by any of its names, and `mos`.
 
     With each row where it stands, for messages, and its `mos` with the ends of `mos_range` mapped
     to 0 and 1. Raises RatingsError, also where there are no rows.
     """
-    low, high = mos_range
+    low, high = mos_range or (0.0, 1.0)
     if low == high:
         raise RatingsError(f"a rating scale from {low} to {high} is empty.")
     needed = " and ".join(f"`{names[0]}`" for names in [*columns, ("mos",)])
@@ -70,7 +71,7 @@ def rated_rows(
                 mos = float(row["mos"])
                 if not math.isfinite(mos):
                     raise RatingsError(f"{place}: {mos} is no rating.")
-                if not min(low, high) <= mos <= max(low, high):
+                if mos_range and not min(low, high) <= mos <= max(low, high):
                     raise RatingsError(
                         f"{place}: {mos:g} is not on the rating scale from {low:g} to {high:g}. "
                         "Say which one it is on with --mos-low and --mos-high."
