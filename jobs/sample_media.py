@@ -1,6 +1,5 @@
 """Small, really encoded media made on the spot, for the demo and the tests."""
 
-import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from pipeline.media.coded import usual_priority
+
 RGB = npt.NDArray[np.uint8]
 # Divides by the usual frame rates, and MPEG-4 part 2 takes no finer one.
 _TICK = Fraction(1, 60_000)
-os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings otherwise
 
 
 def landscape(height: int, width: int, seed: int = 0) -> RGB:
@@ -72,7 +72,7 @@ def encode(
     times_s: presentation times, for variable frame rate. tags: `colorspace`, `color_range`,
     `color_primaries`, `color_trc` as ITU-T H.273 numbers.
     """
-    with av.open(str(path), "w") as container:
+    with usual_priority(), av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=fps, options=options or {})
         stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop

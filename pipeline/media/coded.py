@@ -5,7 +5,8 @@ that a player enlarges; and as the last of a few frames that move, predicted fro
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -40,6 +41,24 @@ _MOVING_FRAMES, _MOVING_PIXELS = 5, 3
 KINDS: tuple[str, ...] = tuple(
     f"{way}{codec}" for way in ("", "scaled_", "moving_") for codec in _QUALITIES
 )
+
+
+@contextmanager
+def usual_priority() -> Iterator[None]:
+    """Encode with the calling thread's priority put back afterwards.
+
+    SVT-AV1, run by root, as in most containers, makes the thread that calls it a real-time one
+    (SCHED_FIFO, 99) and leaves it so: from then on it and all processes that it starts are served
+    before any other of the machine, Ray's among them.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # not on Linux
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 def coded(image: RGB, kind: str, level: int) -> RGB:
@@ -78,11 +97,12 @@ def _last_of(frames: Sequence[RGB], encoder: str, quality: int) -> RGB:
     writer.pix_fmt = "yuv420p"
     writer.time_base, writer.framerate, writer.thread_count = Fraction(1, 25), 25, 1
     packets = []
-    for number, image in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.pts, frame.time_base = number, writer.time_base
-        packets += writer.encode(frame)
-    packets += writer.encode(None)
+    with usual_priority():
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, writer.time_base
+            packets += writer.encode(frame)
+        packets += writer.encode(None)
     reader: Any = av.CodecContext.create(_DECODERS[encoder], "r")
     reader.thread_count = 1
     decoded = [frame for packet in (*packets, None) for frame in reader.decode(packet)]

@@ -1,6 +1,7 @@
 """Stills through video encoders: the same every time, and worse at every level."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -35,6 +36,15 @@ def test_a_coded_picture_stays_where_it_was(image, kind):
     still = float(np.mean((found - image) ** 2))
     for shift in ((3, 3), (-3, -3), (0, 1), (1, 0)):
         assert still < np.mean((found - np.roll(image, shift, (0, 1))) ** 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux tells priorities")
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoding_leaves_the_priority_of_its_thread_alone(image, kind):
+    """SVT-AV1 makes the thread of a root user a real-time one."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    coded(image, kind, 3)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
 
 
 def test_names_do_not_collide_with_the_other_distortions():
