@@ -42,8 +42,8 @@ from pipeline.storage import Stat
 from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
-# Counts up when decoding, colour or sampling changes what a score is of.
-SCORING_VERSION = 3
+# Counts up when decoding, colour, sampling or arithmetic changes what a score is of.
+SCORING_VERSION = 4
 _ROWS_PER_GROUP = 8192
 # Renditions of one reference frame that are decoded, and held, together.
 MOST_RENDITIONS = 8

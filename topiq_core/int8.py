@@ -6,8 +6,9 @@ one, which is chosen from the range that calibration pictures give it. What the 
 weights does to an output's mean is taken off its bias (Nagel et al., ICCV 2019), and a kernel is
 rounded so that its sum, which is what smooth areas see of it, stays. The backbone and
 the gates run this way but for the gates' last convolution, of 64 channels to one, and for the
-first stage of a backbone that says so; these and all that has to do with tokens stay in fp32. The
-map of such a stage is stored with a range for each channel.
+first stage of a backbone that says so; these stay in fp32, and the map of such a stage is stored
+with a range for each channel. So do tokens, but for their matrix products on a CPU with AMX, which
+are in bf16 there: by then the products of 8 bits take less time than theirs would.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topiq_core.convolution import Activation, FusedConv, Residual
+from topiq_core.cfanet import Attention
+from topiq_core.convolution import HAS_AMX, Activation, FusedConv, Residual
 from topiq_core.inference import GateNR, InferenceNet, Normalised
 
 _LARGEST = 255
@@ -101,9 +103,15 @@ class Int8Conv(nn.Module):
         self.register_buffer("zero", torch.zeros(len(scale), dtype=torch.int32))
         self.weight: Tensor
         self._packed: Tensor | None = None
+        # oneDNN ends a product of matrices with a GELU, but no convolution of 8 bits.
+        self._is_product = (
+            like.activation == "gelu" and known.weight.shape[2:] == (1, 1) and like.stride == [1, 1]
+        )
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """x uint8 [N,C,h,w] -> uint8 or fp32 [N,O,h',w']; `added` is overwritten and returned."""
+        if self._is_product and added is None:
+            return self._product(x)
         given = self.given or Affine(1.0, 0)
         kind = torch.float32 if self.given is None else torch.uint8
         weight = (self._packed_for(x), self.scale, self.zero)
@@ -122,6 +130,23 @@ class Int8Conv(nn.Module):
                 given.scale, given.zero, kind, *plus, *post,
             )  # fmt: skip
         return F.gelu(out) if self.activation == "gelu" else out
+
+    def _product(self, x: Tensor) -> Tensor:
+        """GELU of a 1x1 convolution, as a product of matrices."""
+        given = self.given or Affine(1.0, 0)
+        kind = torch.float32 if self.given is None else torch.uint8
+        n, _, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        if self._packed is None:
+            self._packed = torch.ops.onednn.qlinear_prepack(
+                self.weight.flatten(1), list(rows.shape)
+            )
+            self.weight = self.weight.new_empty(0)  # not held twice
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rows, self.taken.scale, self.taken.zero, self._packed, self.scale, self.zero, self.bias,
+            given.scale, given.zero, kind, "gelu", [], "none",
+        )  # fmt: skip
+        return out.view(n, height, width, -1).permute(0, 3, 1, 2)
 
     def _packed_for(self, x: Tensor) -> Tensor:
         """The weights as this CPU wants them for maps like `x`: laid out at the first call.
@@ -207,6 +232,26 @@ class _MaxPool(nn.Module):
         return x
 
 
+class _ProductsInBf16(nn.Module):
+    """A block of attention with its matrix products in bf16; its norms and sums stay in fp32."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
+            elif isinstance(module, Attention):
+                for weight in (module.in_proj_weight, module.in_proj_bias):
+                    weight.data = weight.data.to(torch.bfloat16)
+        self.block = block
+
+    def forward(self, *tokens: Tensor) -> Tensor:
+        """[N,T,D] each -> [N,T,D], fp32."""
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out: Tensor = self.block(*tokens)
+        return out
+
+
 def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
     """Turn a no-reference network, made for int8 and not run yet, into an 8-bit one.
 
@@ -244,6 +289,13 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
                 return _MaxPool(), taken
         raise TypeError(f"{type(module).__name__} has no 8-bit form.")
 
+    if HAS_AMX:
+        judge = net.net
+        judge.attn_pool = _ProductsInBf16(judge.attn_pool)  # type: ignore[assignment]
+        for blocks in (judge.sa_attn_blks, judge.attn_blks):
+            for i, block in enumerate(blocks):
+                blocks[i] = _ProductsInBf16(block)
+
     taken = _PIXELS
     if net.exact_start:
         _level_channels(net, known, seen)
@@ -263,8 +315,7 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
         between = ranges[evidence]
         gate.content = Int8Conv(gate.content, known[gate.content], taken, None)
         gate.gate = nn.Sequential(
-            Int8Conv(evidence, known[evidence], taken, None),
-            _Stored(between),
+            Int8Conv(evidence, known[evidence], taken, between),
             Int8Conv(mixing, known[mixing], between, None),
             last,
         )

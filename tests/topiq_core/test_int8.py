@@ -12,10 +12,19 @@ from scipy import ndimage
 from jobs.sample_media import landscape
 from topiq_core import agreement, weights
 from topiq_core.cards import Architecture
-from topiq_core.cfanet import CFANet
-from topiq_core.convolution import HAS_VNNI, FusedConv
+from topiq_core.cfanet import CFANet, CrossAttentionLayer, SelfAttentionLayer
+from topiq_core.convolution import HAS_AMX, HAS_VNNI, FusedConv
 from topiq_core.inference import InferenceNet, Strips
-from topiq_core.int8 import Affine, Int8Conv, _Framed, _Known, _MaxPool, _rounded, quantise
+from topiq_core.int8 import (
+    Affine,
+    Int8Conv,
+    _Framed,
+    _Known,
+    _MaxPool,
+    _ProductsInBf16,
+    _rounded,
+    quantise,
+)
 from topiq_core.scorer import Scorer
 
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this CPU has no AVX-512 VNNI")
@@ -45,6 +54,7 @@ def real(affine, x):
         ((32, 32), 3, 2, 32, "relu6", False),
         ((96, 24), 1, 1, 1, "none", True),
         ((64, 256), 1, 1, 1, "relu", True),
+        ((64, 48), 1, 1, 1, "gelu", False),
     ],
 )
 def test_a_convolution_of_stored_maps_is_within_a_step_of_the_real_one(
@@ -64,14 +74,47 @@ def test_a_convolution_of_stored_maps_is_within_a_step_of_the_real_one(
         other = stored(plus, other)
         if added:
             expected = expected + real(plus, other)
-        limits = {"none": (-np.inf, np.inf), "relu": (0, np.inf), "relu6": (0, 6)}
-        expected = expected.clamp(*limits[activation])
+        limits = {"relu": (0, np.inf), "relu6": (0, 6)}.get(activation, (-np.inf, np.inf))
+        expected = F.gelu(expected) if activation == "gelu" else expected.clamp(*limits)
         given = Affine.covering(float(expected.min()), float(expected.max()))
         known = _Known(conv.weight, conv.bias, x.mean((0, 2, 3)))
         ours = Int8Conv(FusedConv.of(conv, None, activation), known, taken, given, plus)
         out = ours(numbers, *([other] if added else []))
     assert out.dtype == torch.uint8
     assert float((real(given, out) - expected).abs().max()) <= 0.51 * given.scale
+
+
+@needs_vnni
+def test_a_product_of_rows_is_that_of_every_position():
+    """Of a strip of two pictures, whose rows do not lie together."""
+    torch.manual_seed(3)
+    conv = torch.nn.Conv2d(16, 32, 1)
+    x = stored(Affine(0.02, 100), torch.randn(2, 16, 12, 10))
+    known = _Known(conv.weight.detach(), conv.bias.detach(), torch.zeros(16))
+    ours = Int8Conv(FusedConv.of(conv, None, "gelu"), known, Affine(0.02, 100), None)
+    with torch.inference_mode():
+        whole, strip = ours(x), ours(x[:, :, 3:8])
+        expected = F.gelu(conv(real(Affine(0.02, 100), x)))
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(strip, whole[:, :, 3:8], atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole, expected, atol=0.02, rtol=0)
+
+
+@needs_vnni
+@pytest.mark.skipif(not HAS_AMX, reason="this CPU has no AMX")
+def test_products_of_tokens_in_bf16_stay_near_those_in_fp32():
+    torch.manual_seed(4)
+    tokens, memory = torch.randn(2, 30, 64), torch.randn(2, 50, 64)
+    for block, given in (
+        (SelfAttentionLayer(64, 4, 0.0), (tokens,)),
+        (CrossAttentionLayer(64, 4, 0.0), (tokens, memory)),
+    ):
+        ours = _ProductsInBf16(deepcopy(block.eval()))
+        with torch.inference_mode():
+            expected, found = block(*given), ours(*given)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
 
 
 def test_what_rounded_weights_do_to_a_mean_is_taken_off_the_bias():
