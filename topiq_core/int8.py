@@ -11,8 +11,9 @@ with a range for each channel. So do tokens, but for their matrix products on a 
 are in bf16 there: by then the products of 8 bits take less time than theirs would.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from topiq_core.convolution import HAS_AMX, Activation, FusedConv, Residual
 from topiq_core.inference import GateNR, InferenceNet, Normalised
 
 _LARGEST = 255
+# How far channels are brought to one range, 1 being wholly, and the least share of it that counts.
+# The wider a channel is made, the coarser are the weights that it shares a kernel with.
+_LEVELLED, _LEAST_REACH = 0.75, 0.02
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,8 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
     pictures: RGB [1,3,H,W] each, uint8 or float in 0..1, that ranges are taken from.
     """
     known, seen = _observed(net, pictures)
+    if not net.exact_start:  # MobileNet's ReLU6 keeps no factors
+        _equalise(net, known, seen)
     ranges = {
         conv: Affine.covering(float(s.low.min()), float(s.high.max())) for conv, s in seen.items()
     }
@@ -345,6 +351,46 @@ def _level_channels(
             of.weight * span.view(1, -1, 1, 1),
             of.bias + of.weight.flatten(1) @ low,
             (of.means - low) / span,
+        )
+
+
+def _equalise(
+    net: InferenceNet, known: dict[FusedConv, _Known], seen: dict[FusedConv, _Seen]
+) -> None:
+    """Bring the channels of ResNet's maps nearer to one range, for they are stored with one.
+
+    Exact in real arithmetic, as ReLU and maxima keep positive factors: what makes a map divides its
+    channels by them, what takes it multiplies (cross-layer range equalisation, Nagel et al., ICCV
+    2019). A stage's blocks add to one map, and so share its factors.
+    """
+
+    def level(making: Sequence[FusedConv], taking: Sequence[FusedConv]) -> None:
+        reach = torch.stack([torch.maximum(-seen[c].low, seen[c].high) for c in making]).amax(0)
+        factor = (reach / reach.max()).clamp(min=_LEAST_REACH) ** _LEVELLED
+        for conv in making:
+            of, was = known[conv], seen[conv]
+            rows = factor.view(-1, 1, 1, 1)
+            known[conv] = _Known(of.weight / rows, of.bias / factor, of.means)
+            was.low, was.high = was.low / factor, was.high / factor
+        for conv in taking:
+            of = known[conv]
+            columns = factor.view(1, -1, 1, 1)
+            known[conv] = _Known(of.weight * columns, of.bias, of.means / factor)
+
+    stages = [[b for b in stage.modules() if isinstance(b, Residual)] for stage in net.stages]
+    for number, (blocks, later) in enumerate(pairwise([*stages, []])):
+        for block in blocks:
+            for conv, after in pairwise(_convolutions(nn.Sequential(block.body, block.last))):
+                level([conv], [after])
+        made = [conv for block in blocks for conv in (block.shortcut, block.last)]
+        gate = net.gates[number]
+        assert isinstance(gate, GateNR)
+        taking: list[nn.Module | None] = [gate.content, gate.gate[0]]
+        for block in (*blocks[1:], *later[:1]):
+            taking += [block.body[0], block.shortcut]
+        level(
+            [c for c in made if isinstance(c, FusedConv)] or _convolutions(net.stages[number]),
+            [c for c in taking if isinstance(c, FusedConv)],
         )
 
 

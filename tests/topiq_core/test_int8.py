@@ -18,9 +18,12 @@ from topiq_core.inference import InferenceNet, Strips
 from topiq_core.int8 import (
     Affine,
     Int8Conv,
+    _convolutions,
+    _equalise,
     _Framed,
     _Known,
     _MaxPool,
+    _observed,
     _ProductsInBf16,
     _rounded,
     quantise,
@@ -219,6 +222,31 @@ def test_what_strong_blur_leaves_is_scored_in_8_bits_nearly_as_in_fp32():
 
 
 @needs_vnni
+def test_channels_are_levelled_without_changing_what_a_network_computes():
+    plain = fill(CFANet(Architecture("nr", "resnet50")))
+    exact, net = InferenceNet(deepcopy(plain)), InferenceNet(plain, "int8")
+    frames = [image(p) for p in agreement.pictures()[1][:4]]
+    with torch.inference_mode():
+        expected = [float(exact(x)) for x in frames]
+        known, seen = _observed(net, frames)
+        of_stages = _convolutions(net.stages)
+        before = [_unevenness(seen[conv]) for conv in of_stages]
+        _equalise(net, known, seen)
+        for conv, of in known.items():
+            conv.replace(of.weight, of.bias)
+        np.testing.assert_allclose([float(net(x)) for x in frames], expected, atol=1e-4)
+        _, found = _observed(net, frames)
+    for conv, was in found.items():  # the ranges that are taken over are those of the new maps
+        torch.testing.assert_close(seen[conv].high, was.high, rtol=1e-3, atol=1e-4)
+    assert np.mean([_unevenness(seen[conv]) for conv in of_stages]) < 0.7 * np.mean(before)
+
+
+def _unevenness(seen):
+    """Deviation of the logarithms of channels' ranges, of channels that reach anywhere."""
+    reach = torch.maximum(-seen.low, seen.high)
+    return float(reach[reach > 0.02 * reach.max()].log().std())
+
+
 def test_a_published_network_ranks_pictures_in_8_bits_as_in_fp32():
     net = fill(CFANet(Architecture("nr", "resnet50")))
     exact, ours = InferenceNet(deepcopy(net)), InferenceNet(deepcopy(net), "int8")
