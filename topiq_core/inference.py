@@ -272,9 +272,8 @@ class GateNR(nn.Module):
     def forward(self, sides: Sequence[Tensor], grid: tuple[int, int], positions: int) -> Tensor:
         """The maps of a level, one for each image given, to one pooled map."""
 
-        def gated(x: Tensor, inside: slice) -> tuple[Tensor, ...]:
-            content: Tensor = self.content(x[:, :, inside])
-            return (content.mul_(self.gate(x)[:, :, inside]),)
+        def gated(x: Tensor, inside: slice) -> tuple[Tensor, list[Tensor]]:
+            return self.gate(x)[:, :, inside], [self.content(x[:, :, inside])]
 
         return _pooled(gated, sides, grid, positions)
 
@@ -287,11 +286,10 @@ class _GateFR(nn.Module):
     def forward(self, sides: Sequence[Tensor], grid: tuple[int, int], positions: int) -> Tensor:
         """The maps of a level, one for each image given, to one pooled map."""
 
-        def gated(d: Tensor, r: Tensor, inside: slice) -> tuple[Tensor, ...]:
+        def gated(d: Tensor, r: Tensor, inside: slice) -> tuple[Tensor, list[Tensor]]:
             # In fp32 always: a 16-bit float cannot hold the square.
             error = (d.float() - r).square_().add_(1e-12).sqrt_().to(d.dtype)
-            gate = self.gate(error)[:, :, inside]
-            return tuple(x[:, :, inside] * gate for x in (d, r, error))
+            return self.gate(error)[:, :, inside], [x[:, :, inside] for x in (d, r, error)]
 
         return _pooled(gated, sides, grid, positions)
 
@@ -305,15 +303,16 @@ def _gate(pool: nn.Module) -> nn.Module:
 
 
 def _pooled(
-    gated: Callable[..., tuple[Tensor, ...]],
+    gated: Callable[..., tuple[Tensor, list[Tensor]]],
     sides: Sequence[Tensor],
     grid: tuple[int, int],
     positions: int,
 ) -> Tensor:
     """Gate maps [N,C,h,w] strip by strip and average them to `grid`, if both sides are larger.
 
-    The mean over a rectangle is the mean over rows of the mean over columns: columns are averaged
-    within a strip, rows at the end, whatever the strips were.
+    gated: makes the gate [N,1,h,w] of a strip, and the maps that it is for. The mean over a
+    rectangle is the mean over rows of the mean over columns: columns are averaged within a strip,
+    rows at the end, whatever the strips were.
     """
     height, width = sides[0].shape[2:]
     shrinks = height > grid[0] and width > grid[1]
@@ -321,14 +320,23 @@ def _pooled(
     for start, end in _strips(sides[0], positions, 4 * _GATE_MARGIN):
         top = max(0, start - _GATE_MARGIN)
         parts = [x[:, :, top : end + _GATE_MARGIN] for x in sides]
-        maps = gated(*parts, slice(start - top, end - top))
-        if shrinks:
-            maps = tuple(F.adaptive_avg_pool2d(x, (end - start, grid[1])) for x in maps)
-        strips.append(list(maps))
+        gate, maps = gated(*parts, slice(start - top, end - top))
+        strips.append([_by_columns(x, gate, grid[1]) if shrinks else x * gate for x in maps])
     whole = [torch.cat(parts, dim=2) for parts in zip(*strips, strict=True)]
     if shrinks:
         whole = [F.adaptive_avg_pool2d(x, grid) for x in whole]
     return torch.cat(whole, dim=1)
+
+
+def _by_columns(x: Tensor, gate: Tensor, columns: int) -> Tensor:
+    """Gate a map, [N,C,h,w] or [1,C,h,w], and average along its rows to [N,C,h,columns]."""
+    channels, height, width = x.shape[1:]
+    if width % columns or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.adaptive_avg_pool2d(x * gate, (height, columns))
+    # Cells of one width: the gate holds the weights of each cell's sum, and no gated map is made.
+    weights = (gate * (columns / width)).reshape(-1, height, columns, 1, width // columns)
+    cells = x.permute(0, 2, 3, 1).reshape(-1, height, columns, width // columns, channels)
+    return (weights @ cells).squeeze(3).permute(0, 3, 1, 2)
 
 
 def _coarsest(height: int, width: int) -> tuple[int, int]:
