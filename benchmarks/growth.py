@@ -38,7 +38,7 @@ class StubScoreUnits(score.ScoreUnits):
             def score(self, frames):  # type: ignore[no-untyped-def]
                 return np.array([frame[::8, ::8].mean() / 255 for frame in frames], np.float32)
 
-        self.scorers = [Stub()]  # type: ignore[list-item]
+        self._scorers, self._refused = [Stub()], None
         self.weights, self.config, self.monitor = weights, config, monitor
 
 
