@@ -12,8 +12,8 @@ Exact in real arithmetic; fp32 scores agree with the plain module within 2e-5:
   maps can be computed once for many distorted images.
 - Position embeddings are kept by grid.
 
-In fewer bits it is another function. Tokens are in fp32 always, and so is the first stage of a
-backbone that says so.
+In fewer bits it is another function. Tokens are in fp32 (but for their products in 8-bit networks
+on a CPU with AMX, see int8.py), and so is the first stage of a backbone that says so.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ from topiq_core.cfanet import (
 from topiq_core.convolution import Activation, FusedConv, Residual
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-# Of the maps. Tokens are fp32 always: 16-bit attention costs most of the accuracy and gains little.
+# Of the maps. Tokens are fp32: 16-bit attention costs most of the accuracy and gains little.
 MAP_TYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
