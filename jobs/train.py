@@ -166,6 +166,7 @@ def train(
         "epochs": epochs,
         "crop": crop,
         "pair_crop": crop,
+        "late_pair_crop": crop,
         "batch_size": batch_size,
         "seed": seed,
         "loss": loss.value,

@@ -464,6 +464,19 @@ def test_two_batches_summed_up_are_one_of_twice_the_size(ratings, backbone, tmp_
     assert one == pytest.approx(other, abs=2e-3)
 
 
+@pytest.mark.parametrize("restart", [30, 60])
+def test_the_learning_rate_rises_and_falls_to_nothing_and_does_so_again_where_it_is_to(restart):
+    factor = loop._WarmupCosine(warmup=5, total=60, restart=restart)
+    rates = [factor(step) for step in range(61)]
+    for begun in {0, restart} - {60}:
+        end = restart if begun < restart else 60
+        assert rates[begun] == pytest.approx(1 / 5)
+        assert rates[begun + 5] == 1
+        assert np.all(np.diff(rates[begun + 5 : end]) < 0)
+        assert rates[end - 1] < 0.02
+    assert rates[60] == 0
+
+
 def test_training_stops_when_the_watched_srocc_does_not_rise_and_returns_the_best(
     ratings, backbone, tmp_path, monkeypatch, caplog
 ):

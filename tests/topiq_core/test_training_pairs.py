@@ -248,7 +248,8 @@ def test_the_order_loss_is_zero_once_the_differences_are_reached():
 NR = dataclasses.replace(ARCHITECTURE, mode="nr")
 BESIDE = loop.Recipe(
     epochs=2, batch_size=2, crop=64, warmup_steps=1, group=4, order_weight=1.0, pair_batch=4,
-    pair_crop=64, average=0.5,
+    pair_crop=64, average=0.5, late=0.5, late_pair_crop=80, late_pair_batch=8,
+    late_weight=0.5,
 )  # fmt: skip
 
 
@@ -281,6 +282,24 @@ def test_pairs_beside_ratings_change_what_is_learned_and_a_resumed_training_is_t
             loop.fit(NR, BESIDE, photos, backbone, tmp_path / "run.pt", beside=pairs)
     resumed = loop.fit(NR, BESIDE, photos, backbone, tmp_path / "run.pt", beside=pairs)
     assert same(resumed.state_dict(), straight.state_dict())
+
+
+def test_what_is_returned_lies_between_the_weights_before_and_after_the_late_epochs(
+    photos, pairs, backbone, tmp_path
+):
+    before, after, between = (
+        loop.fit(NR, recipe, photos, backbone, tmp_path / f"{name}.pt", beside=pairs).state_dict()
+        for name, recipe in (
+            ("before", dataclasses.replace(BESIDE, epochs=1, late=0.0)),
+            ("after", dataclasses.replace(BESIDE, late_weight=1.0)),
+            ("between", dataclasses.replace(BESIDE, late_weight=0.25)),
+        )
+    )
+    assert not same(before, after)
+    for name, value in between.items():
+        if value.is_floating_point():
+            expected = 0.75 * before[name] + 0.25 * after[name]
+            assert torch.allclose(value, expected, atol=1e-6), name
 
 
 def test_other_pairs_beside_the_same_ratings_are_another_run(

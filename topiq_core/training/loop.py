@@ -65,6 +65,16 @@ class Recipe:
     pair_range: tuple[float, float] = (0.15, 0.85)
     """Beside ratings: what a pair's labels 0 and 1 are worth on the scale of the ratings. A copy of
     a photo that is rated lower than the upper end has this rating in its place."""
+    late: float = 0.0
+    """This share of the epochs, the last ones, begins with the learning rate at its peak again and
+    ends with another cosine (SGDR, Loshchilov and Hutter 2017); 0 for one cosine."""
+    late_pair_crop: int = 256
+    """Beside ratings: as `pair_crop`, in the late epochs."""
+    late_pair_batch: int = 14
+    """Beside ratings: as `pair_batch`, in the late epochs."""
+    late_weight: float = 1.0
+    """So far from the weights before the late epochs to those after them lies what is returned
+    (WiSE-FT, Wortsman et al. 2022); 1 for the latter alone. With `patience`, no part."""
     average: float = 0.0
     """Decay of the exponential average of the weights, step by step; 0 for the last weights."""
     accumulate: int = 1
@@ -78,12 +88,19 @@ class Recipe:
     start: str = ""
     """What the training goes on from, a model or a backbone, by name and hash."""
 
+    @property
+    def first_late(self) -> int:
+        """The first of the late epochs, counted from 0."""
+        return self.epochs - round(self.late * self.epochs)
+
 
 FR_RECIPE = Recipe(epochs=32, batch_size=16, crop=192, group=4, order_weight=1.0, frozen_stages=2)
 """For labelled pairs: an epoch is one group of every reference."""
 
 MIXED_RECIPE = Recipe(
-    epochs=12,
+    epochs=18,
+    late=1 / 3,
+    late_weight=0.7,
     head_lr=6e-4,
     backbone_lr=2e-4,
     group=2,
@@ -138,13 +155,11 @@ def fit(
             f"{len(samples)} samples are fewer than one step takes, with {recipe.workers} workers "
             f"and {recipe.accumulate} batches each: give more, or a smaller --batch-size."
         )
-    pairs, pair_batch = None, 0
+    pairs = None
     if beside:
         photos = [rating for rating in ratings if isinstance(rating, Rating)]
         beside = rated_as(beside, photos, *recipe.pair_range)
         pairs = PairGroups(beside, recipe.group, recipe.pair_crop, recipe.seed)
-        at_most = len(pairs) * recipe.group  # of a few photos there are no more groups at a time
-        pair_batch = min(recipe.pair_batch, at_most)
     identity = json.dumps(
         [
             asdict(architecture),
@@ -170,7 +185,8 @@ def fit(
 
     optimiser = _optimiser(net, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, _WarmupCosine(recipe.warmup_steps, steps * recipe.epochs)
+        optimiser,
+        _WarmupCosine(recipe.warmup_steps, steps * recipe.epochs, steps * recipe.first_late),
     )
     moving = swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
     average = swa_utils.AveragedModel(net, multi_avg_fn=moving)
@@ -183,12 +199,14 @@ def fit(
         "schedule": schedule,
     }
     first_epoch, best = 0, _Best()
+    early: dict[str, torch.Tensor] = {}
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         if saved["identity"] == identity:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             first_epoch, best = saved["epoch"], _Best(**saved["best"])
+            early = saved["early"]
         else:
             log.warning("%s belongs to another run: starting afresh", checkpoint)
 
@@ -207,12 +225,20 @@ def fit(
         if over(epoch):
             break
         started, total = time.monotonic(), 0.0
+        if epoch == recipe.first_late:
+            now = averaged.state_dict()
+            early = {k: v.clone() for k, v in now.items() if v.is_floating_point()}
         torch.manual_seed(recipe.seed * 100_003 + epoch + 7_919 * rank)
         net.train()
         batches = _batches(samples, recipe.batch_size, recipe.seed, epoch)
         taken: Iterator[Any] = itertools.islice(batches, rank, None, recipe.workers)
         if pairs is not None:
             first = (epoch * steps * recipe.accumulate) * recipe.workers + rank
+            late = epoch >= recipe.first_late
+            pairs.crop = recipe.late_pair_crop if late else recipe.pair_crop
+            pair_batch = recipe.late_pair_batch if late else recipe.pair_batch
+            # Of a few photos there are no more groups at a time.
+            pair_batch = min(pair_batch, len(pairs) * recipe.group)
             others = _endless(pairs, pair_batch, recipe.seed, first)
             taken = zip(taken, itertools.islice(others, 0, None, recipe.workers), strict=False)
         for _ in range(steps):
@@ -232,11 +258,9 @@ def fit(
                 weights = {k: v.clone() for k, v in averaged.state_dict().items()}
                 best = _Best(epoch + 1, scalars["srocc"], weights if recipe.patience else {})
         if rank == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            _save_checkpoint(
-                checkpoint,
-                {"identity": identity, "epoch": epoch + 1, "best": vars(best), **states},
-            )
+            states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+            states |= {"best": vars(best), "early": early}
+            _save_checkpoint(checkpoint, {"identity": identity, "epoch": epoch + 1, **states})
             log.info(
                 "epoch %d of %d: %s, %.0f s",
                 epoch + 1,
@@ -247,6 +271,10 @@ def fit(
             _log_events(events, scalars, epoch + 1)
     if best.weights:
         averaged.load_state_dict(best.weights)
+    elif early:
+        after = averaged.state_dict()
+        between = {k: torch.lerp(v, after[k], recipe.late_weight) for k, v in early.items()}
+        averaged.load_state_dict(after | between)
     return averaged.eval()
 
 
@@ -503,15 +531,18 @@ def _optimiser(net: CFANet, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 class _WarmupCosine:
-    """Learning-rate factor by step: linear to 1, then a cosine to 0."""
+    """Learning-rate factor by step: linear to 1, then a cosine to 0; all again from `restart`."""
 
-    def __init__(self, warmup: int, total: int) -> None:
-        self.warmup, self.total = warmup, total
+    def __init__(self, warmup: int, total: int, restart: int) -> None:
+        self.warmup, self.total, self.restart = warmup, total, restart
 
     def __call__(self, step: int) -> float:
+        again = self.restart <= step < self.total
+        begun, end = (self.restart, self.total) if again else (0, self.restart)
+        step, steps = step - begun, end - begun
         if step < self.warmup:
             return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        done = (step - self.warmup) / max(1, steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
