@@ -43,7 +43,7 @@ from pipeline.transient import persistently
 from topiq_core.weights import Weights
 
 # Counts up when decoding, colour, sampling or arithmetic changes what a score is of.
-SCORING_VERSION = 4
+SCORING_VERSION = 5
 _ROWS_PER_GROUP = 8192
 # Renditions of one reference frame that are decoded, and held, together.
 MOST_RENDITIONS = 8

@@ -24,8 +24,8 @@ from topiq_core.convolution import HAS_AMX, Activation, FusedConv, Residual
 from topiq_core.inference import GateNR, InferenceNet, Normalised
 
 _LARGEST = 255
-# How far channels are brought to one range, 1 being wholly, and the least share of it that counts.
-# The wider a channel is made, the coarser are the weights that it shares a kernel with.
+# How far ResNet's channels are brought to one range, 1 being wholly, and the least share of it that
+# counts. The wider a channel is made, the coarser are the weights that it shares a kernel with.
 _LEVELLED, _LEAST_REACH = 0.75, 0.02
 
 
@@ -262,7 +262,9 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
     pictures: RGB [1,3,H,W] each, uint8 or float in 0..1, that ranges are taken from.
     """
     known, seen = _observed(net, pictures)
-    if not net.exact_start:  # MobileNet's ReLU6 keeps no factors
+    if net.exact_start:
+        _equalise_bottlenecks(net, known, seen)
+    else:
         _equalise(net, known, seen)
     ranges = {
         conv: Affine.covering(float(s.low.min()), float(s.high.max())) for conv, s in seen.items()
@@ -364,34 +366,69 @@ def _equalise(
     2019). A stage's blocks add to one map, and so share its factors.
     """
 
-    def level(making: Sequence[FusedConv], taking: Sequence[FusedConv]) -> None:
-        reach = torch.stack([torch.maximum(-seen[c].low, seen[c].high) for c in making]).amax(0)
-        factor = (reach / reach.max()).clamp(min=_LEAST_REACH) ** _LEVELLED
-        for conv in making:
-            of, was = known[conv], seen[conv]
-            rows = factor.view(-1, 1, 1, 1)
-            known[conv] = _Known(of.weight / rows, of.bias / factor, of.means)
-            was.low, was.high = was.low / factor, was.high / factor
-        for conv in taking:
-            of = known[conv]
-            columns = factor.view(1, -1, 1, 1)
-            known[conv] = _Known(of.weight * columns, of.bias, of.means / factor)
-
     stages = [[b for b in stage.modules() if isinstance(b, Residual)] for stage in net.stages]
     for number, (blocks, later) in enumerate(pairwise([*stages, []])):
         for block in blocks:
             for conv, after in pairwise(_convolutions(nn.Sequential(block.body, block.last))):
-                level([conv], [after])
+                _level(known, seen, [conv], [after])
         made = [conv for block in blocks for conv in (block.shortcut, block.last)]
         gate = net.gates[number]
         assert isinstance(gate, GateNR)
         taking: list[nn.Module | None] = [gate.content, gate.gate[0]]
         for block in (*blocks[1:], *later[:1]):
             taking += [block.body[0], block.shortcut]
-        level(
+        _level(
+            known,
+            seen,
             [c for c in made if isinstance(c, FusedConv)] or _convolutions(net.stages[number]),
             [c for c in taking if isinstance(c, FusedConv)],
         )
+
+
+def _equalise_bottlenecks(
+    net: InferenceNet, known: dict[FusedConv, _Known], seen: dict[FusedConv, _Seen]
+) -> None:
+    """As `_equalise`, of MobileNet's maps between blocks, which have no activation.
+
+    ReLU6, within the blocks, keeps no factors. Blocks that add to one map share its factors. The
+    first stage is not in 8 bits.
+    """
+    adding = {b.last for stage in net.stages for b in stage.modules() if isinstance(b, Residual)}
+    maps: list[tuple[list[FusedConv], list[FusedConv]]] = []  # what makes each, and what takes it
+    before: FusedConv | None = None
+    for stage, gate in zip(list(net.stages)[1:], list(net.gates)[1:], strict=True):
+        for conv in _convolutions(stage):
+            if before is not None and before.activation == "none":
+                maps[-1][1].append(conv)
+            if conv in adding:
+                maps[-1][0].append(conv)
+            elif conv.activation == "none":
+                maps.append(([conv], []))
+            before = conv
+        assert isinstance(gate, GateNR)
+        if before is not None and before.activation == "none":
+            maps[-1][1].extend(_convolutions(nn.ModuleList([gate.content, gate.gate[0]])))
+    for making, taking in maps:
+        _level(known, seen, making, taking, exponent=1.0)
+
+
+def _level(
+    known: dict[FusedConv, _Known],
+    seen: dict[FusedConv, _Seen],
+    making: Sequence[FusedConv],
+    taking: Sequence[FusedConv],
+    exponent: float = _LEVELLED,
+) -> None:
+    """Divide the channels of a map by factors, and multiply them where it is taken."""
+    reach = torch.stack([torch.maximum(-seen[c].low, seen[c].high) for c in making]).amax(0)
+    factor = (reach / reach.max()).clamp(min=_LEAST_REACH) ** exponent
+    for conv in making:
+        of, was = known[conv], seen[conv]
+        known[conv] = _Known(of.weight / factor.view(-1, 1, 1, 1), of.bias / factor, of.means)
+        was.low, was.high = was.low / factor, was.high / factor
+    for conv in taking:
+        of = known[conv]
+        known[conv] = _Known(of.weight * factor.view(1, -1, 1, 1), of.bias, of.means / factor)
 
 
 def _convolutions(module: nn.Module) -> list[FusedConv]:
