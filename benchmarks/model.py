@@ -11,8 +11,7 @@ once. A ratio is the median over rounds of one contender's time by another's in 
 Ours run in the environment that `topiq score` gives its scorers, the others as users run them.
 Times are wall time and, on a CPU, processor time, which a busy machine disturbs less. Memory is
 the peak of all calls above what the loaded model held before the first. Needs topiq_core, torch,
-torchvision, numpy and safetensors only; pyiqa, if asked for, is run in the environment it is
-installed in.
+numpy and safetensors only; pyiqa, if asked for, is run in the environment it is installed in.
 """
 
 import argparse

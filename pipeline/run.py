@@ -432,7 +432,7 @@ def _now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("topiq", "ray", "torch", "torchvision", "av", "pyarrow", "pillow", "duckdb")
+    names = ("topiq", "ray", "torch", "av", "pyarrow", "pillow", "duckdb")
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -56,10 +56,10 @@ def test_the_model_side_runs_without_ray_pyav_and_pyarrow():
     assert seen == {"torch"}
 
 
-def test_the_scorer_alone_imports_no_training():
-    seen = loaded_by(
-        "import topiq_core.scorer", "topiq_core.scorer", "topiq_core.training", "scipy"
-    )
+def test_the_scorer_alone_imports_no_training_and_no_compiler():
+    """Each scorer of a run waits for it. Importing torchvision imports torch's compiler."""
+    slow = ("topiq_core.training", "scipy", "torchvision", "torch._dynamo")
+    seen = loaded_by("import topiq_core.scorer", "topiq_core.scorer", *slow)
     assert seen == {"topiq_core.scorer"}
 
 

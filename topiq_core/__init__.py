@@ -1,4 +1,4 @@
-"""The TOPIQ metric: PyTorch and torchvision only.
+"""The TOPIQ metric: on PyTorch alone.
 
 `from topiq_core import Scorer` is the whole of it for most users.
 """

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2, resnet50
-from torchvision.models.mobilenetv2 import InvertedResidual
+
+from topiq_core.blocks import InvertedResidual, bottlenecks, initialise, mobilenet_v2_features
 
 
 def _freeze_batch_norm(module: nn.Module) -> None:
@@ -30,10 +30,15 @@ class ResNet50Pyramid(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        net = resnet50(weights=None)
-        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
-        self.layer1, self.layer2 = net.layer1, net.layer2
-        self.layer3, self.layer4 = net.layer3, net.layer4
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = bottlenecks(64, 64, 3, stride=1)
+        self.layer2 = bottlenecks(256, 128, 4, stride=2)
+        self.layer3 = bottlenecks(512, 256, 6, stride=2)
+        self.layer4 = bottlenecks(1024, 512, 3, stride=2)
+        initialise(self)
 
     def train(self, mode: bool = True) -> "ResNet50Pyramid":
         super().train(mode)
@@ -66,7 +71,8 @@ class MobileNetV2Pyramid(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = mobilenet_v2(weights=None).features
+        self.features = mobilenet_v2_features()
+        initialise(self)
 
     def train(self, mode: bool = True) -> "MobileNetV2Pyramid":
         super().train(mode)

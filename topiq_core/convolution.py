@@ -5,6 +5,7 @@ PyTorch does layer by layer (a sum, a ReLU, above all an erf-GELU) costs a third
 time there. Elsewhere it is the same function in PyTorch's own steps, in place.
 """
 
+import os
 from typing import Literal
 
 import torch
@@ -15,8 +16,11 @@ from topiq_core import winograd
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
-# Without AMX, bf16 is slower than fp32.
-HAS_AMX = torch.cpu._is_amx_tile_supported()
+# Without AMX, bf16 is slower than fp32. oneDNN can be told to leave it alone, as on a CPU without.
+_ONEDNN_MOST = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+HAS_AMX = torch.cpu._is_amx_tile_supported() and (
+    _ONEDNN_MOST in ("DEFAULT", "ALL") or "AMX" in _ONEDNN_MOST
+)
 HAS_VNNI = torch.cpu._is_vnni_supported()
 _ONEDNN_TYPES = (torch.float32, torch.bfloat16) if HAS_AMX else (torch.float32,)
 

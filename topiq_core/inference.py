@@ -23,9 +23,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.resnet import Bottleneck
 
+from topiq_core.blocks import Bottleneck, InvertedResidual
 from topiq_core.cfanet import (
     LEVELS,
     CFANet,
@@ -199,7 +198,7 @@ class _As(nn.Module):
 
 
 def _fused(module: nn.Module) -> nn.Module:
-    """A part of a torchvision backbone, its norms folded and its activations and sums fused."""
+    """A part of a backbone, its norms folded and its activations and sums fused."""
     match module:
         case Bottleneck():
             down = module.downsample
