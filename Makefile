@@ -20,8 +20,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: env  ## make a small catalog, score it, print the table
 	$(BIN)/python -m jobs.demo
 
+# Two at a time, for much of a test of Ray is waiting. Files in their order: the longest come first.
 test: env lint  ## lint, types, and every test that protects a promise
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
 	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \

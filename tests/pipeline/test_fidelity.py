@@ -141,7 +141,7 @@ def test_equal_frames_have_the_highest_numbers(bits):
 
 
 @given(error=st.integers(1, 90), u=st.integers(1, 90), v=st.integers(1, 90))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_psnr_of_a_constant_error_is_that_of_the_formula(error, u, v):
     zero = Planes(*(np.zeros(s, np.uint8) for s in ((20, 30), (10, 15), (10, 15))), 8)
     off = Planes(zero.y + np.uint8(error), zero.u + np.uint8(u), zero.v + np.uint8(v), 8)

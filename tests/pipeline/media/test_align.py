@@ -32,7 +32,6 @@ def times(rate, count, start=0.0):
     return start + np.arange(count) / float(rate)
 
 
-@settings(deadline=None)
 @given(gaps=gaps, start=st.floats(-5, 1e4), data=st.data())
 def test_frames_with_the_same_times_match_one_to_one_whatever_their_rhythm(gaps, start, data):
     pts = start + np.cumsum(gaps)
@@ -42,7 +41,6 @@ def test_frames_with_the_same_times_match_one_to_one_whatever_their_rhythm(gaps,
     assert (found.matched, found.unmatched) == (len(pts), 0)
 
 
-@settings(deadline=None)
 @given(rate=rates, count=st.integers(2, 200), shift=st.integers(-220, 220), jitter=st.data())
 def test_equal_rates_match_the_shifted_frame_although_clocks_round(rate, count, shift, jitter):
     pts = times(rate, count)
@@ -52,7 +50,6 @@ def test_equal_rates_match_the_shifted_frame_although_clocks_round(rate, count, 
     assert found.tolist() == [n if 0 <= n < count else -1 for n in wanted.tolist()]
 
 
-@settings(deadline=None)
 @given(distorted=gaps, reference=gaps, offset=offsets)
 def test_matches_never_go_back_and_gaps_are_only_at_the_ends(distorted, reference, offset):
     d, r = np.cumsum(distorted), np.cumsum(reference)
@@ -64,7 +61,6 @@ def test_matches_never_go_back_and_gaps_are_only_at_the_ends(distorted, referenc
         assert (found[first : first + len(inside)] >= 0).all()
 
 
-@settings(deadline=None)
 @given(distorted=gaps, reference=gaps, offset=offsets)
 def test_what_is_matched_is_on_screen_within_half_a_frame(distorted, reference, offset):
     d, r = np.cumsum(distorted), np.cumsum(reference)
@@ -78,7 +74,6 @@ def test_what_is_matched_is_on_screen_within_half_a_frame(distorted, reference, 
             assert time < r[0] or time >= ends[-1] - frame_s / 2 - 1e-5
 
 
-@settings(deadline=None)
 @given(distorted=rates, reference=rates, count=st.integers(10, 100), data=st.data(), offset=offsets)
 def test_a_sample_of_frames_matches_as_all_frames_do(distorted, reference, count, data, offset):
     d, r = times(distorted, count), times(reference, 100)
@@ -125,14 +120,13 @@ def test_a_feature_is_the_mean_luma_of_each_cell():
     np.testing.assert_allclose(luma_feature(luma.astype(np.float32)), cells, atol=1e-3)
 
 
-@settings(deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), level=st.integers(0, 255))
 def test_a_flat_picture_has_a_flat_feature_whatever_its_size(height, width, level):
     flat = np.full((height, width), level, np.uint8)
     np.testing.assert_allclose(luma_feature(flat), level, atol=1e-3)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(gain=st.floats(0.3, 1.5), lift=st.floats(-50, 50), shift=st.integers(-6, 6))
 def test_brightness_and_contrast_do_not_change_an_estimate(gain, lift, shift):
     features = np.random.default_rng(0).normal(100, 30, (52, GRID, GRID)).astype(np.float32)
