@@ -26,13 +26,13 @@ _ONEDNN_TYPES = (torch.float32, torch.bfloat16) if HAS_AMX else (torch.float32,)
 
 Activation = Literal["none", "relu", "relu6", "gelu", "sigmoid"]
 
-# How oneDNN's post-operations are called: name, scalars, algorithm.
-_POST_OPS: dict[Activation, tuple[str, list[float], str | None]] = {
-    "none": ("none", [], None),
-    "relu": ("relu", [], None),
-    "relu6": ("hardtanh", [0.0, 6.0], None),
+# How oneDNN's post-operations are called: name, scalars, algorithm (GELU by its error function).
+POST_OPS: dict[Activation, tuple[str, list[float], str]] = {
+    "none": ("none", [], "none"),
+    "relu": ("relu", [], "none"),
+    "relu6": ("hardtanh", [0.0, 6.0], "none"),
     "gelu": ("gelu", [], "none"),
-    "sigmoid": ("sigmoid", [], None),
+    "sigmoid": ("sigmoid", [], "none"),
 }
 
 
@@ -122,7 +122,7 @@ class FusedConv(nn.Module):
         return F.fold(products, (height, width), 3, padding=1).add_(self.bias)
 
     def _onednn(self, x: Tensor, added: Tensor | None) -> Tensor:
-        name, scalars, algorithm = _POST_OPS[self.activation]
+        name, scalars, algorithm = POST_OPS[self.activation]
         weight, geometry = self._packed_for(x), (self.padding, self.stride, [1, 1], self.groups)
         out: Tensor
         if added is None:

@@ -58,6 +58,7 @@ class Strips:
 
 
 STRIPS = {"cpu": Strips(1 << 17, 1 << 15), "cuda": Strips(1 << 23, 1 << 23)}
+NARROW_ON_CPU = Strips(1 << 19, 1 << 17)  # of maps in 16 or 8 bits
 _GATE_MARGIN = 2  # two 3x3 convolutions
 _POSITION_GRIDS = 16  # position embeddings kept, by grid
 
@@ -96,6 +97,7 @@ class InferenceNet(nn.Module):
         self.stored = None if precision == "int8" else self.map_type
         del net.semantic_model, net.weight_pool, net.dim_reduce
         self.strips = strips
+        self.narrow = precision != "fp32"
         self._positions: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, image: Tensor, reference: Tensor | Sequence[Tensor] | None = None) -> Tensor:
@@ -129,7 +131,9 @@ class InferenceNet(nn.Module):
             yield x
 
     def _strips_on(self, x: Tensor) -> Strips:
-        return self.strips or STRIPS[x.device.type]
+        if self.strips is not None:
+            return self.strips
+        return NARROW_ON_CPU if self.narrow and x.is_cpu else STRIPS[x.device.type]
 
     def _tokens(self, level: int, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
