@@ -36,6 +36,8 @@ def kind_and_seconds(pid: int) -> tuple[str, float]:
     """What a process is, by its title, and the processor time that its threads have taken."""
     folder = Path(f"/proc/{pid}")
     title = folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    if not title:
+        raise ProcessLookupError  # it has ended
     kind = next((kind for part, kind in KINDS.items() if part in title), "other")
     threads = folder.joinpath("task").glob("*/schedstat")
     return kind, sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
