@@ -21,10 +21,10 @@ from memory import descendants
 KINDS = {
     "MapWorker(": "scorers",
     "pipeline.media.child": "decoders",
-    "ray::IDLE": "Ray's other workers, which run the decode stage",
-    "ray::Map": "Ray's other workers, which run the decode stage",
-    "ray::ReadParquet": "Ray's other workers, which run the decode stage",
-    "ray::Write": "Ray's other workers, which run the decode stage",
+    **dict.fromkeys(
+        ("ray::IDLE", "ray::Map", "ray::Read", "ray::Write"),
+        "Ray's other workers, which run the decode stage",
+    ),
     "ray::": "Ray's and our small actors, and agents",
     "/ray/": "Ray's servers and monitors",
     "jobs": "driver",
