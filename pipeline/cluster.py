@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from pipeline.errors import RunError, ScorersDied, TooManyFailures
 # writing, the checkpoint filter) book CPUs that they hardly use; without room for them, a pool of
 # actors and a reader can wait for each other for ever on a small machine.
 SPARE_CPUS = 2
+
+# What Ray keeps about itself for its dashboard, which a cluster started here has not.
+_WITHOUT_DASHBOARD = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,62 @@ def connect(config: Config) -> None:
             "a larger machine."
         )
     try:
-        ray.init(
-            address="local",
-            num_cpus=local_cpus() + SPARE_CPUS,
-            object_store_memory=store,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+        with _giving_way():
+            ray.init(
+                address="local",
+                num_cpus=local_cpus() + SPARE_CPUS,
+                object_store_memory=store,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _system_config=_WITHOUT_DASHBOARD,
+            )
     except Exception as error:  # Ray raises nothing more special
         raise RunError(
             f"Ray did not start on this machine ({error}). It gives up after half a minute or so: "
             "when the machine is very busy, try again later."
         ) from error
+    _end_idle_servers()
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Processes started in the body, and theirs in turn, do not interrupt others when they wake up.
+
+    Ray's servers and workers wake up more than a thousand times a second, mostly for nothing. With
+    SCHED_BATCH (sched(7)) they wait for the scheduler's next tick, some milliseconds, when all CPUs
+    are busy. Scorers go back to the usual policy by `take_precedence`.
+    """
+    if not hasattr(os, "sched_setscheduler") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield  # not on Linux, or someone has chosen otherwise for all of us
+        return
+    _set_policy(os.SCHED_BATCH)
+    try:
+        yield
+    finally:
+        _set_policy(os.SCHED_OTHER)
+
+
+def take_precedence() -> None:
+    """Let this process interrupt those that give way, as processes usually may."""
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) == os.SCHED_BATCH:
+        _set_policy(os.SCHED_OTHER)
+
+
+def _set_policy(policy: int) -> None:
+    with suppress(OSError):  # a sandbox that forbids it: slower, not wrong
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+
+
+def _end_idle_servers() -> None:
+    """End the servers of a cluster started here that have nothing to do but cost CPU time.
+
+    No logs go to the driver, no nodes are started, and the dashboard is only there to say how Ray
+    is used. `ray.init` has no options that leave them out.
+    """
+    node = ray._private.worker._global_node
+    for end in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):
+        end(check_alive=False)
 
 
 def _await_nodes(config: Config) -> None:

@@ -351,6 +351,7 @@ class ScoreUnits:
         # Ray tries a constructor that fails again and again, and then its reason is lost: the
         # reason is kept until there is work.
         self._refused: RunError | None = None
+        cluster.take_precedence()
         try:
             import torch
 

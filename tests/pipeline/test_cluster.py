@@ -39,6 +39,30 @@ except RunError as error:
 """
 
 
+FAMILY = """
+import os
+import psutil
+import ray
+from pipeline import cluster
+from pipeline.config import Config
+
+class Actor:
+    def policies(self):
+        before = os.sched_getscheduler(0)
+        cluster.take_precedence()
+        return before, os.sched_getscheduler(0)
+
+before = os.sched_getscheduler(0)
+cluster.connect(Config(object_store_bytes=100 << 20))
+print("driver", before, os.sched_getscheduler(0))
+print("actor", *ray.get(cluster.beside_driver(Actor).remote().policies.remote()))
+for process in psutil.Process().children(recursive=True):
+    command = process.cmdline()
+    script = next((part for part in command if part.endswith(".py")), command[0])
+    print(os.sched_getscheduler(process.pid), os.path.basename(script))
+"""
+
+
 def run(program):
     """What a program prints in a process that has started no Ray, as the tests' own may have."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
@@ -54,6 +78,18 @@ def test_a_cluster_started_here_listens_on_loopback_only():
     listeners = [(name, ip) for name, ip, *port in lines if port]
     assert any("gcs_server" in name for name, _ in listeners)
     assert [ip for _, ip in listeners if not is_loopback(ip)] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux has these policies")
+def test_a_cluster_started_here_leaves_the_cpus_to_the_scorers():
+    driver, actor, *family = (line.split() for line in run(FAMILY).splitlines())
+    assert driver == ["driver", str(os.SCHED_OTHER), str(os.SCHED_OTHER)]
+    assert actor == ["actor", str(os.SCHED_BATCH), str(os.SCHED_OTHER)]
+    names = {name for _, name in family}
+    assert "raylet" in names
+    assert not names & {"log_monitor.py", "monitor.py", "dashboard.py"}
+    giving_way = {name for policy, name in family if int(policy) == os.SCHED_BATCH}
+    assert names - giving_way == {"ray::Actor"}
 
 
 def test_an_object_store_larger_than_the_memory_is_refused_before_anything_starts():
