@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from machine import described
+from machine import summarised
 
 from jobs.sample_media import encode, landscape
 from pipeline import score
@@ -154,16 +153,7 @@ def main() -> None:
             found["ratio_to_harmonic_sum"] = found["run"] / both
             rounds.append({k: round(v, 3) for k, v in found.items()})
             print(rounds[-1], flush=True)
-    medians = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
-    print("median", medians)
-    if options.json:
-        found = {
-            "machine": described(),
-            "model": options.model,
-            "rounds": rounds,
-            "median": medians,
-        }
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    summarised(rounds, options.model, options.json)
 
 
 if __name__ == "__main__":

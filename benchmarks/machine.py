@@ -1,8 +1,10 @@
-"""What machine a figure is from."""
+"""What machine a figure is from, and what is kept of rounds that were measured on it."""
 
+import json
 import os
 import platform
 import re
+import statistics
 from pathlib import Path
 
 
@@ -24,3 +26,12 @@ def described() -> dict[str, object]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def summarised(rounds: list[dict[str, float]], model: str, path: Path | None) -> None:
+    """Print the medians of rounds, and keep all of it when a path is given."""
+    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    print("median", medians)
+    if path:
+        record = {"machine": described(), "model": model, "rounds": rounds, "median": medians}
+        path.write_text(json.dumps(record, indent=1) + "\n")
