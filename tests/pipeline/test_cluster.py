@@ -41,6 +41,7 @@ except RunError as error:
 
 FAMILY = """
 import os
+from contextlib import suppress
 import psutil
 import ray
 from pipeline import cluster
@@ -57,9 +58,10 @@ cluster.connect(Config(object_store_bytes=100 << 20))
 print("driver", before, os.sched_getscheduler(0))
 print("actor", *ray.get(cluster.beside_driver(Actor).remote().policies.remote()))
 for process in psutil.Process().children(recursive=True):
-    command = process.cmdline()
-    script = next((part for part in command if part.endswith(".py")), command[0])
-    print(os.sched_getscheduler(process.pid), os.path.basename(script))
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended since
+        command = process.cmdline() or [process.name()]
+        script = next((part for part in command if part.endswith(".py")), command[0])
+        print(os.sched_getscheduler(process.pid), os.path.basename(script))
 """
 
 
