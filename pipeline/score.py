@@ -372,6 +372,9 @@ class ScoreUnits:
                 if shares.actor_gpus:
                     _try(scorer)
                 self._scorers.append(scorer)
+            if 0 < shares.actor_gpus < 1:
+                # Scorers of one GPU keep what they took once: each is held to its share.
+                torch.cuda.set_per_process_memory_fraction(0.95 * shares.actor_gpus)
         except Exception as error:  # a GPU that does not work is a RuntimeError of PyTorch's
             said = str(error) if isinstance(error, TopiqError) else f"no scorer starts ({error!r})"
             self._refused = RunError(f"on node {socket.gethostname()}: {said}")
@@ -438,8 +441,13 @@ class ScoreUnits:
             scores = finite(scorer.score(flat))
         except Exception as error:
             leave_a_lost_gpu(error)
+            failed = as_media_error(error)
+        else:
+            failed = None
+        if failed is not None:
+            # Not while the error is handled: it holds the memory of what was under way.
             if len(views) == 1:
-                return [as_media_error(error)]
+                return [failed]
             return [self._score_rows(scorer, [frames])[0] for frames in views]
         ends = np.cumsum([len(v) for v in views])
         return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
@@ -494,22 +502,45 @@ def leave_a_lost_gpu(error: Exception) -> None:
     """
     import torch
 
-    said = str(error)
-    if not isinstance(error, torch.AcceleratorError) or "no kernel image" in said:
+    from topiq_core.scorer import out_of_memory
+
+    if not isinstance(error, RuntimeError) or out_of_memory(error):
         return
-    if "out of memory" not in said:
+    if "no kernel image" in str(error):
+        return
+    if isinstance(error, torch.AcceleratorError) or _gpu_is_lost():
         print(f"the GPU is lost, this scorer ends: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
+def _gpu_is_lost() -> bool:
+    """Whether the GPU answers no more; libraries hide that behind errors of their own."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        return True
+    return False
+
+
 def as_media_error(error: Exception) -> MediaError:
     """What a failure to score means for the item."""
+    from topiq_core.scorer import out_of_memory
+
     if isinstance(error, FrameError):
         return TooSmall(str(error))
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
-        return OutOfMemory("scoring one frame needs more memory than there is; lower max_pixels.")
+    if out_of_memory(error):
+        said = (str(error).splitlines() or [""])[0][:_SAID]
+        return OutOfMemory(
+            f"scoring one frame needs more memory than there is; lower max_pixels. ({said})"
+        )
     return InternalError(f"scoring: {type(error).__name__}: {error}")
+
+
+_SAID = 200  # characters of another library's error that are worth keeping
 
 
 UNITS = Graph(PLAN_COLUMNS, None, decode_units, ScoreUnits)

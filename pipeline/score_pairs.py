@@ -325,9 +325,11 @@ class ScorePairs(score.ScoreUnits):
             return self._score_by_reference(scorer, units)
         except Exception as error:
             score.leave_a_lost_gpu(error)
-            if len(units) == 1:
-                return [score.as_media_error(error)]
-            return [self._score_ladder(scorer, [unit])[0] for unit in units]
+            failed = score.as_media_error(error)
+        # Not while the error is handled: it holds the memory of what was under way.
+        if len(units) == 1:
+            return [failed]
+        return [self._score_ladder(scorer, [unit])[0] for unit in units]
 
     def _score_by_reference(self, scorer: "Scorer", units: list[Any]) -> list[Any]:
         """Each reference frame is looked at once, for all the frames that are compared with it."""

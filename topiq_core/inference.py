@@ -57,8 +57,9 @@ class Strips:
     gate: int
 
 
-STRIPS = {"cpu": Strips(1 << 17, 1 << 15), "cuda": Strips(1 << 23, 1 << 23)}
+ON_CPU = Strips(1 << 17, 1 << 15)
 NARROW_ON_CPU = Strips(1 << 19, 1 << 17)  # of maps in 16 or 8 bits
+ON_GPU = Strips(1 << 23, 1 << 23)
 _GATE_MARGIN = 2  # two 3x3 convolutions
 _POSITION_GRIDS = 16  # position embeddings kept, by grid
 
@@ -133,7 +134,9 @@ class InferenceNet(nn.Module):
     def _strips_on(self, x: Tensor) -> Strips:
         if self.strips is not None:
             return self.strips
-        return NARROW_ON_CPU if self.narrow and x.is_cpu else STRIPS[x.device.type]
+        if not x.is_cpu:
+            return ON_GPU
+        return NARROW_ON_CPU if self.narrow else ON_CPU
 
     def _tokens(self, level: int, x: Tensor) -> Tensor:
         height, width = x.shape[2:]

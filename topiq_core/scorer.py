@@ -1,8 +1,9 @@
 """Scorer: uint8 frames in, scores out."""
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ from topiq_core.int8 import quantise
 Frames = npt.NDArray[np.uint8] | Tensor | Sequence[npt.NDArray[np.uint8]] | Sequence[Tensor]
 Scores = npt.NDArray[np.float32]
 
-# One forward pass takes at most this many pixels on a GPU, until it turns out to hold fewer: memory
-# and tokens both grow with them. On a CPU frames go one by one: larger batches are not faster
-# there, and a score then cannot depend on its neighbours even by rounding.
+# One forward pass takes at most this many pixels on a GPU, or as many as it turns out to hold:
+# memory and tokens both grow with them. On a CPU frames go one by one: larger batches are not
+# faster there, and a score then cannot depend on its neighbours even by rounding.
 GPU_BATCH_PIXELS = 16 * 1920 * 1080
 MIN_SIDE = 32
 
@@ -77,6 +78,8 @@ class Scorer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         place = torch.device(device)
+        if place.type == "cuda":
+            _require_gpu(device)
         found = weights_file.resolve(card, weights, verify)
         _require_fit(precision, place.type, found.card)
         scorer = cls(weights_file.load(found), found.card, place, found.sha256, precision)
@@ -165,7 +168,10 @@ class Scorer:
                 batch, indices = indices[:size], indices[size:]
                 parts = _halving_on_oom(lambda part: self._forward(items, part, against), batch)
                 if len(parts) > 1:
-                    self.batch_pixels = h * w * max(len(part) for part in parts)
+                    self.batch_pixels = self._pixels(h, w) * max(len(part) for part in parts)
+                elif len(batch) == size:
+                    # What was short of memory may have been another process: find out slowly.
+                    self.batch_pixels = min(GPU_BATCH_PIXELS, self.batch_pixels * 9 // 8)
                 waiting.append((batch, torch.cat(parts)))
                 if len(waiting) > 1:
                     _fetch(waiting.pop(0), out)
@@ -179,7 +185,13 @@ class Scorer:
     def _batch_size(self, h: int, w: int) -> int:
         if self.device.type == "cpu":
             return 1
-        return max(1, self.batch_pixels // (h * w))
+        return max(1, self.batch_pixels // self._pixels(h, w))
+
+    def _pixels(self, h: int, w: int) -> int:
+        """Pixels of a frame, as it is or as the network sees it: the more of both."""
+        side = self.card.short_side
+        seen = (h, w) if side is None else resized(h, w, side)
+        return max(h * w, math.prod(seen))
 
     @torch.inference_mode()
     def _forward(
@@ -197,10 +209,13 @@ class Scorer:
 
     def _prepare(self, frames: list[Tensor]) -> Tensor:
         """uint8 [H,W,3] each -> uint8 [N,3,H,W] on the device; if the card resizes, float 0..1."""
-        stacked = torch.stack(frames)
-        if self.device.type == "cuda" and stacked.device.type == "cpu":
-            stacked = stacked.pin_memory()  # so that the copy does not hold up the host
-        x = stacked.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        uploads = self.device.type == "cuda" and frames[0].device.type == "cpu"
+        room = None
+        if uploads:  # pinned, so that the copy does not hold up the host
+            shape = (len(frames), *frames[0].shape)
+            room = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        stacked = torch.stack(frames, out=room)
+        x = stacked.to(self.device, non_blocking=uploads).permute(0, 3, 1, 2)
         short_side = self.card.short_side
         if short_side is None:
             return x
@@ -208,6 +223,17 @@ class Scorer:
         return F.interpolate(
             x.float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False
         )
+
+
+def _require_gpu(device: str) -> None:
+    """Raises CardError when PyTorch has no GPU that it can use, with its reason."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
+        raise CardError(
+            f"device '{device}': there is no GPU that PyTorch can use ({error}). "
+            "Check its driver and CUDA_VISIBLE_DEVICES, or take device cpu."
+        ) from error
 
 
 def _require_fit(precision: Precision, device: str, card: Card) -> None:
@@ -231,9 +257,25 @@ def _require_fit(precision: Precision, device: str, card: Card) -> None:
         raise CardError(f"{said}needs a GPU, or a CPU with AMX, which this one has not: take fp32.")
 
 
-def _full_fp32() -> AbstractContextManager[None]:
-    """TF32 would change fp32 scores in the third digit on recent GPUs."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    """What is computed in fp32 is: TF32, or bf16 in its place, changes scores in the third digit.
+
+    Convolutions on recent GPUs take TF32 unless they are told not to, products of matrices when
+    the process asked for it (`torch.set_float32_matmul_precision`), on CPUs with AMX too.
+    """
+    kinds = [
+        torch.backends.cudnn.conv, torch.backends.cuda.matmul,
+        torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul,
+    ]  # fmt: skip
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def _fetch(done: tuple[list[int], Tensor], out: Scores) -> None:
@@ -273,6 +315,20 @@ def _from_numpy(index: int, frame: npt.NDArray[np.uint8]) -> Tensor:
             raise FrameError(f"frame {index}: uint8 [H,W,3] is needed ({error}).") from error
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice.
+
+    Not all of them are of a class of its own: cuDNN then finds no engine, cuBLAS cannot allocate.
+    """
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(
+        sign in said for sign in _NO_MEMORY
+    )
+
+
+_NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "unable to find an engine")
+
+
 def _halving_on_oom(run: Callable[[list[int]], Tensor], batch: list[int]) -> list[Tensor]:
     """Run a batch; when the GPU is out of memory, run its halves; one frame alone raises.
 
@@ -280,8 +336,8 @@ def _halving_on_oom(run: Callable[[list[int]], Tensor], batch: list[int]) -> lis
     """
     try:
         return [run(batch)]
-    except torch.cuda.OutOfMemoryError:
-        if len(batch) == 1:
+    except RuntimeError as error:
+        if len(batch) == 1 or not out_of_memory(error):
             raise
     torch.cuda.empty_cache()
     middle = len(batch) // 2

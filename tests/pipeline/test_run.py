@@ -360,6 +360,7 @@ def test_more_failures_than_allowed_stop_the_run(tmp_path, folder):
     assert (summary.scored, summary.failed) == (1, 1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_an_error_not_a_slow_night(tmp_path, clips):
     with pytest.raises(RunError, match="no GPU"):
         score_into(clips["h264.mp4"], tmp_path / "out", device="cuda")
@@ -389,9 +390,7 @@ def a_scorer(gpus):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU works here")
 def test_a_gpu_that_does_not_work_is_the_reason_that_a_scorer_gives():
-    with pytest.raises(
-        RunError, match=rf"on node {socket.gethostname()}: no scorer starts.*(CUDA|NVIDIA)"
-    ):
+    with pytest.raises(RunError, match=rf"on node {socket.gethostname()}: .*no GPU.*(CUDA|NVIDIA)"):
         _ = a_scorer(1.0).scorers
 
 

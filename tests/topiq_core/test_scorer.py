@@ -230,23 +230,32 @@ def test_thin_pairs_are_scored(pair_scorer):
     assert scores[0] != scores[1]
 
 
-def out_of_memory_above(limit, sizes):
+# As PyTorch, cuDNN (which tries every engine it has) and cuBLAS say it.
+NO_MEMORY = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+def out_of_memory_above(limit, sizes, error=NO_MEMORY[0]):
     """Negates its items; raises for more than `limit` of them as CUDA does. Notes every call."""
 
     def run(part):
         sizes.append(len(part))
         if len(part) > limit:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return torch.tensor([-item for item in part], dtype=torch.float32)
 
     return run
 
 
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["torch", "cudnn", "cublas"])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
-def test_a_batch_too_large_for_memory_is_halved_until_it_fits_and_keeps_its_order(count):
+def test_a_batch_too_large_for_memory_is_halved_until_it_fits_and_keeps_its_order(count, error):
     sizes = []
     batch = list(range(10, 10 + count))
-    scores = _halving_on_oom(out_of_memory_above(2, sizes), batch)
+    scores = _halving_on_oom(out_of_memory_above(2, sizes, error), batch)
     assert torch.cat(scores).tolist() == [-item for item in batch]
     assert sizes[0] == count
     assert sum(size for size in sizes if size <= 2) == count
@@ -297,6 +306,45 @@ def test_a_size_that_did_not_fit_in_memory_is_not_tried_again():
     scorer.net.register_forward_pre_hook(refuse_more_than_two)
     scorer.score([FRAMES[0]] * 9)
     assert sizes == [5, 2, 3, 1, 2, 2, 2]
+
+
+def test_memory_that_was_short_for_a_time_is_tried_again_little_by_little():
+    scorer = small(kind=InBatches)
+    scorer.batch_pixels = 2 * 64 * 64
+    sizes = []
+    scorer.net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    scorer.score([FRAMES[0]] * 40)
+    assert sizes[0] == 2
+    assert max(sizes) == 5
+    assert sizes[:-1] == sorted(sizes[:-1])
+
+
+def test_batches_are_of_what_the_network_sees():
+    frames = [FRAMES[0]] * 4
+    sizes = []
+    for side in (None, 128):
+        scorer = small(short_side=side)
+        scorer.batch_pixels = 4 * 64 * 64
+        sizes.append(scorer._pixels(*frames[0].shape[:2]))
+    assert sizes == [64 * 64, 128 * 128]
+
+
+@pytest.mark.parametrize("asked", ["high", "medium"])
+def test_a_process_that_asked_for_less_than_fp32_gets_the_same_scores(scorer, alone, asked):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked)
+    try:
+        assert np.array_equal(scorer.score(FRAMES), alone)
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_gpu_that_is_not_there_is_a_card_error():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(CardError, match="no GPU that PyTorch can use"):
+        Scorer.load(device="cuda")
 
 
 def test_renditions_score_as_their_pairs_do(pair_scorer):
