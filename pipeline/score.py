@@ -436,21 +436,17 @@ class ScoreUnits:
 
     def _score_rows(self, scorer: "Scorer", views: list[list[Any]]) -> list[Any]:
         """Scores of each row's frames; when that fails, row by row, to find the one at fault."""
-        flat = [frame for frames in views for frame in frames]
+        ends = np.cumsum([len(v) for v in views])
         try:
-            scores = finite(scorer.score(flat))
+            scores = finite(scorer.score([frame for frames in views for frame in frames]))
+            return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
         except Exception as error:
             leave_a_lost_gpu(error)
             failed = as_media_error(error)
-        else:
-            failed = None
-        if failed is not None:
-            # Not while the error is handled: it holds the memory of what was under way.
-            if len(views) == 1:
-                return [failed]
-            return [self._score_rows(scorer, [frames])[0] for frames in views]
-        ends = np.cumsum([len(v) for v in views])
-        return [scores[end - len(v) : end] for v, end in zip(views, ends, strict=True)]
+        # Not while the error is handled: it holds the memory of what was under way.
+        if len(views) == 1:
+            return [failed]
+        return [self._score_rows(scorer, [frames])[0] for frames in views]
 
     def _report(self, rows: list[dict[str, Any]], scores: list[Any]) -> None:
         done = [len(found) for row, found in zip(rows, scores, strict=True) if row["code"] is None]
@@ -517,7 +513,7 @@ def _gpu_is_lost() -> bool:
     """Whether the GPU answers no more; libraries hide that behind errors of their own."""
     import torch
 
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     try:
         torch.cuda.synchronize()

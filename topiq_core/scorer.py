@@ -228,7 +228,7 @@ class Scorer:
 def _require_gpu(device: str) -> None:
     """Raises CardError when PyTorch has no GPU that it can use, with its reason."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
         raise CardError(
             f"device '{device}': there is no GPU that PyTorch can use ({error}). "
@@ -264,10 +264,8 @@ def _full_fp32() -> Iterator[None]:
     Convolutions on recent GPUs take TF32 unless they are told not to, products of matrices when
     the process asked for it (`torch.set_float32_matmul_precision`), on CPUs with AMX too.
     """
-    kinds = [
-        torch.backends.cudnn.conv, torch.backends.cuda.matmul,
-        torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul,
-    ]  # fmt: skip
+    gpu, cudnn, onednn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    kinds = [gpu.matmul, cudnn.conv, onednn.conv, onednn.matmul]  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:
