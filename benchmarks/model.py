@@ -3,14 +3,19 @@
     python benchmarks/model.py --sizes 512x384,1024x768 --rounds 5 --json results.json
     python benchmarks/model.py --card topiq_fr --pyiqa /path/to/other/env/bin/python
     python benchmarks/model.py --card topiq_fr --renditions 5
-    python benchmarks/model.py --device cuda --precisions fp32,fp16 --batches 1,16
+    python benchmarks/model.py --device cuda --precisions fp32,fp16,fp16+compile --batches 1,16
 
 Every contender is a process of its own with the same weights (made from the names of parameters
 for cards that are not bundled), and they take turns: in each round everyone scores the same frames
 once. A ratio is the median over rounds of one contender's time by another's in the same round.
 Ours run in the environment that `topiq score` gives its scorers, the others as users run them.
 Times are wall time and, on a CPU, processor time, which a busy machine disturbs less. Memory is
-the peak of all calls above what the loaded model held before the first. Needs topiq_core, torch,
+the peak of all calls above what the loaded model held before the first. GFLOP are those of the
+network as we compute it, counted on shapes alone; a GPU's rates are measured first, by one product
+of matrices and one copy. There a call takes `--passes` batches, so that uploads overlap as they do
+in a run, and `plain`, which has TF32 in its convolutions as PyTorch has by default, is joined by
+`plain-ieee`, which has none and which scores are compared with. `+compile` is torch.compile with
+CUDA graphs. Needs topiq_core, torch,
 numpy and safetensors only; pyiqa, if asked for, is run in the environment it is installed in.
 """
 
@@ -52,12 +57,16 @@ def serve(options: argparse.Namespace) -> None:
     score = contender(options)
     for line in sys.stdin:
         frames = np.load(line.strip())
-        print(json.dumps(measured(score, frames, options.device)), file=answers, flush=True)
+        sides = [np.tile(frames[side], (options.passes, 1, 1, 1)) for side in SIDES]
+        print(json.dumps(measured(score, sides, options.device)), file=answers, flush=True)
 
 
-def measured(score: Score, frames: Any, device: str) -> dict[str, Any]:
+SIDES = "distorted", "reference"
+
+
+def measured(score: Score, sides: list[np.ndarray], device: str) -> dict[str, Any]:
     """Score once. Times in ms, memory in MB."""
-    distorted, reference = frames["distorted"], frames["reference"]
+    distorted, reference = sides
     before = reset_peak(device)
     wall, cpu = time.perf_counter(), time.process_time()
     scores = score(distorted, reference)
@@ -94,10 +103,18 @@ def contender(options: argparse.Namespace) -> Score:
     name = options.serve
     if name == "pyiqa":
         return pyiqa(options)
-    return plain(options) if name == "plain" else ours(options, precision=name)
+    if name == "plain-ieee":
+        torch.backends.cudnn.allow_tf32 = False
+    if name in PLAIN:
+        return plain(options)
+    precision, _, compiled = name.partition("+")
+    return ours(options, precision, bool(compiled))
 
 
-def ours(options: argparse.Namespace, precision: Any) -> Score:
+PLAIN = "plain", "plain-ieee"
+
+
+def ours(options: argparse.Namespace, precision: Any, compiled: bool) -> Score:
     from topiq_core import weights
     from topiq_core.scorer import Scorer
 
@@ -106,8 +123,11 @@ def ours(options: argparse.Namespace, precision: Any) -> Score:
     device = torch.device(options.device)
     card = dataclasses.replace(found.card, calibration=None)  # the plain network has none
     scorer = Scorer(weights.load(found), card, device, precision=precision)
+    if compiled:
+        scorer.net.compile(mode="reduce-overhead", dynamic=False)
 
     def score(distorted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        scorer.batch_pixels = options.batch * distorted[0].size // 3
         if scorer.card.architecture.mode == "nr":
             return scorer.score(distorted)
         if options.renditions:
@@ -166,7 +186,7 @@ class Contender:
 
     def __init__(self, name: str, python: str, options: list[str], quiet: bool) -> None:
         command = [python, __file__, "--serve", name, *options]
-        ours_on_cpu = name not in ("plain", "pyiqa") and "cuda" not in options
+        ours_on_cpu = name not in (*PLAIN, "pyiqa") and "cuda" not in options
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -198,11 +218,11 @@ def compare(options: argparse.Namespace, folder: Path, size: str, batch: int) ->
     frames = save_frames(folder / f"{size}x{count}.npz", size, count, bool(options.renditions))
     passed = ["--card", options.card, "--device", options.device, "--batch", str(batch)]
     passed += ["--threads", str(options.threads), "--renditions", str(options.renditions)]
+    passed += ["--passes", str(options.passes)]
     if options.weights:
         passed += ["--weights", options.weights]
-    pythons = {"plain": sys.executable} | dict.fromkeys(
-        options.precisions.split(","), sys.executable
-    )
+    own = [*(PLAIN if options.device == "cuda" else PLAIN[:1]), *options.precisions.split(",")]
+    pythons = dict.fromkeys(own, sys.executable)
     if options.pyiqa:
         pythons = {"pyiqa": options.pyiqa} | pythons
     contenders = {
@@ -216,27 +236,42 @@ def compare(options: argparse.Namespace, folder: Path, size: str, batch: int) ->
         for c in contenders.values():
             c.close()
     base = next(iter(pythons))
+    exact = "plain-ieee" if "plain-ieee" in pythons else base
+    flop = flop_per_frame(options.card, size, options.renditions)
+    many = count * options.passes
     return {
         "card": options.card,
         "size": size,
         "batch": count,
+        "passes": options.passes,
         "renditions": bool(options.renditions),
         "base": base,
+        "gflop_per_frame": flop / 1e9,
         "contenders": {
-            name: summary(name, base, first, rounds, count) for name in pythons
+            name: summary((name, base, exact), first, rounds, many, flop) for name in pythons
         },
     }  # fmt: skip
 
 
 def summary(
-    name: str, base: str, first: dict[str, Any], rounds: list[dict[str, Any]], count: int
+    names: tuple[str, str, str],
+    first: dict[str, Any],
+    rounds: list[dict[str, Any]],
+    count: int,
+    flop: float,
 ) -> dict[str, Any]:
+    """names: of the contender, of the one it is faster than, of the one its scores differ from."""
+    name, base, exact = names
+
     def ratio(key: str) -> float:
         return statistics.median(r[base][key] / r[name][key] for r in rounds)
 
-    pairs = zip(first[name]["scores"], first[base]["scores"], strict=True)
+    pairs = zip(first[name]["scores"], first[exact]["scores"], strict=True)
+    ms = statistics.median(r[name]["ms"] for r in rounds) / count
     return {
-        "ms_per_frame_median": statistics.median(r[name]["ms"] for r in rounds) / count,
+        "ms_per_frame_median": ms,
+        "frames_per_s": 1e3 / ms,
+        "gflop_per_s": flop / ms / 1e6,
         "ms_per_frame_least": min(r[name]["ms"] for r in rounds) / count,
         "cpu_ms_per_frame_least": min(r[name]["cpu_ms"] for r in rounds) / count,
         "times_faster": ratio("ms"),
@@ -246,6 +281,58 @@ def summary(
         "largest_difference": max(abs(a - b) for a, b in pairs),
         "rounds_ms": [r[name]["ms"] for r in rounds],
         "rounds_cpu_ms": [r[name]["cpu_ms"] for r in rounds],
+    }
+
+
+def flop_per_frame(card: str, size: str, renditions: int) -> float:
+    """Floating-point operations, two for a multiplication and its sum, of one frame or pair.
+
+    Of renditions of one reference, by the rendition. Nothing is computed: shapes are enough.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from topiq_core import cards
+    from topiq_core.cfanet import CFANet
+    from topiq_core.inference import InferenceNet
+    from topiq_core.scorer import resized
+
+    known, _ = cards.find(card)
+    width, height = map(int, size.split("x"))
+    if known.short_side:
+        height, width = resized(height, width, known.short_side)
+    with torch.device("meta"), torch.inference_mode():
+        net = InferenceNet(CFANet(known.architecture)).to("meta")
+        image = torch.zeros(max(1, renditions), 3, height, width)
+        with FlopCounterMode(display=False) as counter:
+            if known.architecture.mode == "nr":
+                net(image)
+            elif renditions:
+                net(image, list(net.levels(image[:1])))
+            else:
+                net(image, image)
+    return counter.get_total_flops() / max(1, renditions)
+
+
+def gpu_rates() -> dict[str, float]:
+    """What the GPU reaches: bf16 products in TFLOP/s, copies in GB/s (read and written)."""
+    side, times = 8192, 20
+    a = torch.randn(side, side, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty_like(a)
+
+    def seconds(work: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):
+            work()
+        start.record()
+        for _ in range(times):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / times
+
+    return {
+        "bf16_tflop_per_s": 2 * side**3 / seconds(lambda: torch.mm(a, a, out=out)) / 1e12,
+        "copy_gb_per_s": 2 * a.nbytes / seconds(lambda: out.copy_(a)) / 1e9,
     }
 
 
@@ -282,25 +369,39 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
             cpu = value.strip()
         if key.strip() == "flags":
             flags = value
-    return {
+    gpu: dict[str, Any] = {}
+    if options.device == "cuda":
+        gpu = {
+            "gpu": torch.cuda.get_device_name(),
+            "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **gpu_rates(),
+        }
+    return gpu | {
         "cpu": cpu,
         "isa": [flag for flag in FLAGS if flag in flags.split()],
         "cores": os.cpu_count(),
         "threads": options.threads,
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load_average_before": os.getloadavg(),
     }
 
 
-def as_rows(result: dict[str, Any]) -> Iterator[str]:
-    """Lines of a Markdown table."""
+def share(found: dict[str, Any], rate: float | None) -> str:
+    """GFLOP/s, and which part of a GPU's measured bf16 rate that is."""
+    part = f" ({found['gflop_per_s'] / rate / 1e3:.0%})" if rate else ""
+    return f"{found['gflop_per_s']:.0f}{part}"
+
+
+def as_rows(result: dict[str, Any], rate: float | None) -> Iterator[str]:
+    """Lines of a Markdown table. rate: of a GPU, in bf16, TFLOP/s."""
     for name, r in result["contenders"].items():
         yield (
             f"| {result['card']} | {result['size']} | {result['batch']} | {name} "
-            f"| {r['ms_per_frame_median']:.0f} | {r['ms_per_frame_least']:.0f} "
-            f"| {r['cpu_ms_per_frame_least']:.0f} | {r['times_faster']:.2f} "
+            f"| {r['ms_per_frame_median']:.4g} | {r['ms_per_frame_least']:.4g} "
+            f"| {r['cpu_ms_per_frame_least']:.4g} | {share(r, rate)} | {r['times_faster']:.2f} "
             f"| {r['times_faster_cpu']:.2f} | {r['peak_mb']:.0f} | {r['first_call_ms']:.0f} "
             f"| {r['largest_difference']:.1e} |"
         )
@@ -318,6 +419,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1")
     parser.add_argument("--precisions", default="fp32")
     parser.add_argument("--renditions", type=int, default=0, help="of one reference, at once")
+    parser.add_argument("--passes", type=int, help="batches in a call; 1, on a GPU 8")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pyiqa", help="python of an environment that has pyiqa")
@@ -325,12 +427,13 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.passes = options.passes or (8 if options.device == "cuda" else 1)
     if options.serve:
         serve(options)
         return
     columns = ["card", "size", "frames", "contender", "ms (median)", "ms (least)"]
-    columns += ["CPU ms (least)", "times faster", "by CPU time", "peak MB", "first call ms"]
-    columns += ["score differs by"]
+    columns += ["CPU ms (least)", "GFLOP/s", "times faster", "by CPU time", "peak MB"]
+    columns += ["first call ms", "score differs by"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     report: dict[str, Any] = {"machine": machine(options), "results": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -340,7 +443,8 @@ def main() -> None:
             for batch in map(int, options.batches.split(",")):
                 result = compare(options, folder, size, batch)
                 report["results"].append(result)
-                print("\n".join(as_rows(result)), flush=True)
+                rate = report["machine"].get("bf16_tflop_per_s")
+                print("\n".join(as_rows(result, rate)), flush=True)
                 if options.json:
                     options.json.write_text(json.dumps(report, indent=1) + "\n")
 
