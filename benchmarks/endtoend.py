@@ -51,7 +51,7 @@ def decode_one(row: dict[str, object]) -> int:
     import pyarrow as pa
 
     units = pa.Table.from_pylist([row])
-    (found,) = score.decode_units(units, Config(sample=SAMPLE), "benchmark", {}, {})
+    (found,) = score.decode_units(units, Config(sample=SAMPLE), "benchmark", {}, {}, None)
     return len(found["pts_s"][0])
 
 

@@ -14,11 +14,13 @@ import ray.data
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 from ray.autoscaler.sdk import request_resources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
 from pipeline.errors import RunError, ScorersDied, TooManyFailures
+from pipeline.monitor import BEAT_S
 
 # CPUs that a local cluster is said to have beyond the real ones. Ray Data's own stages (reading,
 # writing, the checkpoint filter) book CPUs that they hardly use; without room for them, a pool of
@@ -171,15 +173,38 @@ def _await_nodes(config: Config) -> None:
 
 
 @contextmanager
-def ended_when_stuck(seconds: float) -> Iterator[None]:
-    """Datasets that are made in the body are given up when nothing has moved for so long."""
+def ended_when_stuck(seconds: float, monitor: Any) -> Iterator[None]:
+    """Datasets that are made in the body are given up when nothing has moved for so long.
+
+    Ray Data sees blocks move. What goes on within a task, which may take hours over a block of
+    files that each hang until they are given up, its tasks tell the monitor.
+    """
+
+    class Beats(ExecutionCallback):  # type: ignore[misc]
+        """A beat since the last look counts as a block that moved."""
+
+        def __init__(self) -> None:
+            self.looked, self.moved = time.monotonic(), -1
+
+        def on_execution_step(self, executor: Any) -> None:
+            """Called by Ray Data, many times a second."""
+            now = time.monotonic()
+            if now - self.looked < BEAT_S:
+                return
+            moved = ray.get(monitor.moved.remote())
+            if moved != self.moved:
+                executor._no_progress_guard._last_progress_time = now
+            self.looked, self.moved = now, moved
+
     context = ray.data.DataContext.get_current()
-    before = context.execution_no_progress_timeout_s
+    before = context.execution_no_progress_timeout_s, context.custom_execution_callback_classes
     context.execution_no_progress_timeout_s = seconds
+    context.custom_execution_callback_classes = [*before[1], Beats]
     try:
         yield
     finally:
-        context.execution_no_progress_timeout_s = before
+        context.execution_no_progress_timeout_s = before[0]
+        context.custom_execution_callback_classes = before[1]
 
 
 def bounded_retries() -> dict[str, Any]:

@@ -220,8 +220,9 @@ class Config(BaseModel):
     no_progress_timeout_s: float = Field(
         default=1800.0,
         gt=0,
-        description="How long scoring may go without any unit moving on before the run ends with "
-        "what each stage was doing. Longer than a unit may take to decode and to score.",
+        description="How long planning or scoring may go without anything moving on, be it one "
+        "file that is given up, before the run ends with what each stage was doing. Longer than a "
+        "unit may take to decode and to score, with its `attempts`.",
     )
     fail_on_error: bool = Field(
         default=False, description="Stop the run at the first item that fails, with exit code 1."

@@ -1,7 +1,9 @@
 """What has happened so far in a run, seen from everywhere in the cluster."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -23,9 +25,22 @@ class Progress:
 class Monitor:
     """Collects progress, as a Ray actor: stages report to it, the driver polls it."""
 
-    def __init__(self, failures_allowed: int | None) -> None:
-        self.failures_allowed = failures_allowed
+    def __init__(self) -> None:
+        self.failures_allowed: int | None = None
         self.progress = Progress()
+        self.beats = 0
+
+    def allow(self, failures: int | None) -> None:
+        """How many units may fail before the run must stop; None: all of them."""
+        self.failures_allowed = failures
+
+    def beat(self) -> None:
+        """Something moved."""
+        self.beats += 1
+
+    def moved(self) -> int:
+        """Another number than before when something has moved since."""
+        return self.beats + self.progress.units
 
     def scored(self, units: int, frames: int) -> None:
         """So many more units were scored, with so many frames in all."""
@@ -45,3 +60,25 @@ class Monitor:
         now = self.progress
         self.progress = Progress(now.units, now.frames, Counter(now.failed))
         return now
+
+
+BEAT_S = 5.0
+"""How often it is told, at most, and looked at, that something moves."""
+
+
+class Pulse:
+    """Tells a monitor, from within a task, that it gets on: its rows are only seen at its end.
+
+    monitor: None when nobody watches.
+    """
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor = monitor
+        self._told = time.monotonic()
+
+    def beat(self) -> None:
+        """A piece of the work is done."""
+        now = time.monotonic()
+        if self.monitor is not None and now - self._told >= BEAT_S:
+            self._told = now
+            self.monitor.beat.remote()

@@ -18,11 +18,11 @@ import importlib.metadata
 import json
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,10 +37,13 @@ from pipeline.errors import CatalogError, InternalError, MediaError, TooLarge, U
 from pipeline.media import guard, probe
 from pipeline.media.align import Track
 from pipeline.media.sample import Samples, SampleSpec, plan_samples, slice_units
+from pipeline.monitor import Pulse
 from pipeline.output import Output, database
 from pipeline.storage import Stat
 from pipeline.transient import persistently
 from topiq_core.weights import Weights
+
+T = TypeVar("T")
 
 # Counts up when decoding, colour, sampling or arithmetic changes what a score is of.
 SCORING_VERSION = 5
@@ -127,6 +130,7 @@ def run(
     weights: Sequence[Weights],
     shares: cluster.Shares,
     run_id: str,
+    monitor: Any,
 ) -> PlanCounts:
     """Probe every item and write plan/, and failures/ for those that cannot be planned.
 
@@ -143,14 +147,14 @@ def run(
     chunks = _chunks(_with_known(catalog.table, before), planner.chunk, shares)
     counts = PlanCounts(duplicates=catalog.duplicates, gone=_gone(output, model, catalog))
     try:
-        with cluster.ended_when_stuck(config.no_progress_timeout_s):
+        with cluster.ended_when_stuck(config.no_progress_timeout_s, monitor):
             units = ray.data.from_arrow(chunks).map_batches(
                 planner,
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=shares.decode_cpus,
                 ray_remote_args_fn=cluster.bounded_retries,
-                fn_kwargs={"schema": schema},
+                fn_kwargs={"schema": schema, "monitor": monitor},
             )
         batches = units.iter_batches(batch_size=None, batch_format="pyarrow")
         with (
@@ -348,13 +352,16 @@ class _Planner:
 
     @property
     def chunk(self) -> int:
-        """Most items of a task, none of which is seen to move until all are planned."""
+        """Most items of a task."""
         whole_files = self.compares or SampleSpec.parse(self.config.sample).needs_frame_times
         return 16 if whole_files else 128
 
-    def __call__(self, items: pa.Table, schema: pa.Schema) -> pa.Table:
-        references = _References(self.config)
-        rows = [unit for item in items.to_pylist() for unit in self._units(item, references)]
+    def __call__(self, items: pa.Table, schema: pa.Schema, monitor: Any) -> pa.Table:
+        references, pulse = _References(self.config), Pulse(monitor)
+        rows = []
+        for item in items.to_pylist():
+            rows += self._units(item, references)
+            pulse.beat()
         return pa.Table.from_pylist(rows, schema=schema)
 
     def _units(self, item: dict[str, Any], references: "_References") -> list[dict[str, Any]]:
@@ -526,21 +533,28 @@ def _probed(address: str, stat: Stat, sample: str, config: Config) -> probe.Prob
 
 
 class _References:
-    """What is known of references in one batch of items, where renditions share them."""
+    """What is known of references in one batch of items, where renditions share them.
+
+    Errors too: a reference that hangs is waited for once, not for every rendition.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._probe = functools.lru_cache(maxsize=4)(self._probed)
-        self._watch = functools.lru_cache(maxsize=4)(self._tracked)
-        self.stat = functools.lru_cache(maxsize=4)(self._stat)
+        self._probe = functools.lru_cache(maxsize=4)(functools.partial(_tried, self._probed))
+        self._watch = functools.lru_cache(maxsize=4)(functools.partial(_tried, self._tracked))
+        self._state = functools.lru_cache(maxsize=4)(functools.partial(_tried, self._stat))
+
+    def stat(self, address: str) -> Stat:
+        """Size, time and etag. Raises MediaError."""
+        return _had(self._state(address))
 
     def probed(self, address: str) -> probe.Probe:
         """Facts, and the times of all frames. Raises MediaError."""
-        return self._probe(address)
+        return _had(self._probe(address))
 
     def watch(self, address: str, times: list[float]) -> Track:
         """What alignment sees of some frames. Raises MediaError."""
-        return self._watch(address, tuple(times))
+        return _had(self._watch(address, tuple(times)))
 
     def _stat(self, address: str) -> Stat:
         return persistently(lambda: storage.stat(address), self.config.attempts)
@@ -558,6 +572,21 @@ class _References:
             lambda: decoder.track(address, list(times), config.max_pixels, config.decode_timeout_s),
             config.attempts,
         )
+
+
+def _tried(work: Callable[..., T], *given: Any) -> T | MediaError:
+    """What comes of a call, or the MediaError that it raises."""
+    try:
+        return work(*given)
+    except MediaError as error:
+        return error
+
+
+def _had(found: T | MediaError) -> T:
+    """A result of `_tried`. Raises the MediaError that it is."""
+    if isinstance(found, MediaError):
+        raise found
+    return found
 
 
 @contextmanager

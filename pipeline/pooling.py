@@ -126,12 +126,13 @@ def worst_window(frames: Frames, length_s: float) -> tuple[float, float, int]:
     """The window of `length_s` seconds with the lowest mean score.
 
     Windows begin at a frame and hold every frame less than `length_s` later; those reaching past
-    the last frame are looked at only when the item is shorter than the window. Returns the mean
+    the last frame are looked at only when the item is shorter than the window. The end may be off
+    by half the last frame's weight: samples are of the frames next to their times. Returns the mean
     (time-weighted), the time of the first frame in seconds, and the number of frames.
     """
     times = frames.times
     ends = np.searchsorted(times, times + length_s - 1e-9, side="left")
-    last_start = max(times[0], times[-1] + frames.weights[-1] - length_s)
+    last_start = max(times[0], times[-1] + 1.5 * frames.weights[-1] - length_s)
     starts = np.flatnonzero(times <= last_start + 1e-9)
     total = np.concatenate(([0.0], np.cumsum(frames.scores * frames.weights)))
     weight = np.concatenate(([0.0], np.cumsum(frames.weights)))

@@ -108,7 +108,8 @@ def _run_steps(run: _Run) -> Summary:
     _write_record(run.output, record)
     try:
         cluster.connect(run.config)
-        seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config)))
+        monitor = cluster.beside_driver(Monitor).remote()
+        seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config), monitor))
         # Frames are brought to the size of references, which the plan does not have.
         largest = None if run.compares else planned.largest_pixels
         shares = cluster.shares(run.config, largest)
@@ -117,7 +118,7 @@ def _run_steps(run: _Run) -> Summary:
         event("planned", **record["plan"])
         for uri, code, message in aggregate.planning_failures(run.output, run.model):
             event("item_failed", uri=uri, code=code, message=message)
-        score_seconds = _score(run, shares, planned)
+        score_seconds = _score(run, shares, planned, monitor)
         counts, *_ = (aggregate.run(run.output, model, run.config.pooling) for model in run.models)
         found = stages.of_run(run.output, run.run_id, run.model, shares, score_seconds)
         record["stages"] = {"decode": asdict(found.decode), "score": asdict(found.score)}
@@ -167,7 +168,8 @@ def plan_catalog(
             record = {"status": "planned", "schema_version": schemas.SCHEMA_VERSION}
             _write_record(run.output, record)
         cluster.connect(run.config)
-        planned = _plan(run, cluster.shares(run.config))
+        monitor = cluster.beside_driver(Monitor).remote()
+        planned = _plan(run, cluster.shares(run.config), monitor)
         left = commits.open_work(run.output, run.model)
     event("planned", **asdict(planned))
     return planned, left
@@ -250,11 +252,11 @@ def _resolved_models(config: Config) -> tuple[Config, list[Weights]]:
     return config.model_copy(update=changes), [weights for *_, weights in found]
 
 
-def _plan(run: _Run, shares: cluster.Shares) -> plan.PlanCounts:
-    return plan.run(run.found, run.output, run.config, run.weights, shares, run.run_id)
+def _plan(run: _Run, shares: cluster.Shares, monitor: Any) -> plan.PlanCounts:
+    return plan.run(run.found, run.output, run.config, run.weights, shares, run.run_id, monitor)
 
 
-def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float:
+def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts, monitor: Any) -> float:
     """Score what is open. Returns the seconds that it took; 0 when nothing was."""
     allowed = run.config.failures_allowed
     if allowed is not None and planned.failed_items > allowed:
@@ -266,8 +268,8 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts) -> float
     to_do = commits.count_open(run.output, run.model)
     if not to_do:
         return 0.0
-    rest = None if allowed is None else allowed - planned.failed_items
-    monitor = cluster.beside_driver(Monitor).remote(rest)
+    if allowed is not None:
+        ray.get(monitor.allow.remote(allowed - planned.failed_items))
     with _watched(monitor, to_do, run.event):
         seconds, _ = _timed(lambda: _score_open(run, shares, to_do, monitor))
     commits.recover(run.output)

@@ -42,6 +42,7 @@ from pipeline.errors import (
 )
 from pipeline.media import guard
 from pipeline.media.guard import Frames
+from pipeline.monitor import Pulse
 from pipeline.output import Output
 from pipeline.plan import companion_id
 from pipeline.storage import redacted
@@ -97,7 +98,7 @@ def run(
     context.checkpoint_config = _checkpoint(output)
     rows = max(1, min(config.units_per_commit, n_units // (2 * shares.decode_tasks)))
     try:
-        with cluster.ended_when_stuck(config.no_progress_timeout_s):
+        with cluster.ended_when_stuck(config.no_progress_timeout_s, monitor):
             units = ray.data.read_parquet(
                 plan_path,
                 filesystem=output.arrow_filesystem(),
@@ -120,6 +121,7 @@ def run(
                     run_id,
                     addresses,
                     commits.earlier_attempts(output, weights[0].card.name),
+                    monitor,
                 ),
                 batch_size=None,
                 batch_format="pyarrow",
@@ -192,17 +194,20 @@ def decode_units(
     run_id: str,
     addresses: dict[str, str],
     earlier: dict[str, int],
+    monitor: Any,
 ) -> Iterator[pa.Table]:
     """One row of frames, or of failure, for each planned unit.
 
     addresses: as for `run`; earlier: how often a unit was tried by earlier runs, by unit_id.
     """
+    pulse = Pulse(monitor)
     waiting: list[tuple[dict[str, Any], Frames]] = []
     for unit in units.to_pylist():
         if unit["code"] is not None:  # failed at planning, and is on record
             continue
         unit["address"] = addresses.get(unit["item_id"], unit["uri"])
         waiting.append(_decode_unit(unit, config, run_id, earlier.get(unit["unit_id"], 0)))
+        pulse.beat()
         if sum(len(found.pixels) for _, found in waiting) >= _TOGETHER_BYTES:
             yield _with_frames(waiting)
             waiting = []

@@ -29,6 +29,7 @@ from pipeline.fidelity import MEASURES, fidelity
 from pipeline.media import guard
 from pipeline.media.guard import Frames
 from pipeline.media.planes import planes_of_rgb
+from pipeline.monitor import Pulse
 from pipeline.plan import MOST_RENDITIONS
 from pipeline.transient import persistently
 
@@ -63,12 +64,14 @@ def decode_ladders(
     run_id: str,
     addresses: dict[str, str],
     earlier: dict[str, int],
+    monitor: Any,
 ) -> Iterator[pa.Table]:
     """One row for each ladder: outcomes of its units, and all their frames.
 
     addresses: as for `score.run`, of references by the `item_id` of their URI; earlier: how often
     a unit was tried by earlier runs, by unit_id.
     """
+    pulse = Pulse(monitor)
     for ladder in ladders["units"].to_pylist():
         for unit in ladder:
             unit["address"] = addresses.get(unit["item_id"], unit["uri"])
@@ -76,16 +79,20 @@ def decode_ladders(
             unit["reference_address"] = addresses.get(key, unit["reference_uri"])
         before = [earlier.get(unit["unit_id"], 0) for unit in ladder]
         rows = [score.begun(unit, run_id, n) for unit, n in zip(ladder, before, strict=True)]
-        yield _Ladder(ladder, rows, config).decoded()
+        yield _Ladder(ladder, rows, config, pulse).decoded()
 
 
 class _Ladder:
     """Decodes one ladder: its rows are filled in, its frames kept in the order they came."""
 
     def __init__(
-        self, units: list[dict[str, Any]], rows: list[dict[str, Any]], config: Config
+        self,
+        units: list[dict[str, Any]],
+        rows: list[dict[str, Any]],
+        config: Config,
+        pulse: Pulse,
     ) -> None:
-        self.units, self.rows, self.config = units, rows, config
+        self.units, self.rows, self.config, self.pulse = units, rows, config, pulse
         self.decoder = guard.shared(config.decode_memory_bytes)
         self.pictures: list[Any] = []
         self.first: list[int] = []
@@ -108,6 +115,7 @@ class _Ladder:
                 row |= {"pts_s": unit["times_s"], "reference_pts_s": None}
                 row["attempt"] = max(row["attempt"], before + 1)  # the reference may be at fault
             row["decode_s"] = time.perf_counter() - started
+            self.pulse.beat()
         return self._table()
 
     def _compare(

@@ -76,6 +76,11 @@ def test_the_worst_second_is_found_with_its_time_and_count():
     assert (score, start, count) == (pytest.approx(0.15), pytest.approx(5.0), 4)
 
 
+def test_the_last_second_counts_where_frames_lie_a_little_before_their_times():
+    found = Frames(np.array([0, 0.48, 1, 1.48]), np.full(4, 0.5), np.array([0.9, 0.9, 0.5, 0.5]))
+    assert worst_window(found, 1.0) == (pytest.approx(0.5), 1.0, 2)
+
+
 def test_an_item_shorter_than_the_window_is_one_window():
     score, start, count = worst_window(frames([0.4, 0.6]), 5.0)
     assert (score, start, count) == (pytest.approx(0.5), 0.0, 2)

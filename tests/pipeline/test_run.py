@@ -380,7 +380,7 @@ def test_what_a_model_would_enlarge_over_the_limit_is_too_large(tmp_path):
         table = table.append_column(f"known_{name}", pa.nulls(1))
     for sides, code in (((), None), ((384,), "too_large")):
         planner = plan._Planner(Config(), MODEL, "", False, sides)
-        assert planner(table, schemas.PLAN)["code"].to_pylist() == [code]
+        assert planner(table, schemas.PLAN, None)["code"].to_pylist() == [code]
 
 
 def a_scorer(gpus):
@@ -558,6 +558,22 @@ def test_a_scorer_that_keeps_dying_ends_the_run_with_a_reason(tmp_path, clips):
     assert (summary.scored, summary.frames) == (1, 40)
     units = [r["unit_id"] for r in rows(tmp_path / "out", "frame_scores")]
     assert len(units) == len(set(units)) == 10
+
+
+def test_files_that_hang_one_after_the_other_do_not_end_the_run(tmp_path):
+    """A task gives up each of them in time; together they take longer than nothing may move."""
+    hanging = [tmp_path / f"{index}.mp4" for index in range(6)]
+    for path in hanging:
+        os.mkfifo(path)
+    pictures = [tmp_path / f"{index}.png" for index in range(18)]
+    for path in pictures:
+        Image.fromarray(landscape(64, 64)).save(path)
+    listed = "\n".join(map(str, [*hanging, *pictures]))
+    (tmp_path / "list.csv").write_text(f"uri\n{listed}\n")
+    options = {"decode_timeout_s": 3, "decode_tasks": 1, "no_progress_timeout_s": 12}
+    summary, _ = score_into(tmp_path / "list.csv", tmp_path / "out", **options)
+    assert summary.failed_by_code == {"decode_timeout": 6}
+    assert summary.scored == 18
 
 
 def test_a_precision_that_a_node_refuses_is_the_reason_that_the_run_gives(tmp_path, clips):

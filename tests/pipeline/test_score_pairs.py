@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from jobs import cli
 from jobs.sample_media import encode, landscape, pan
-from pipeline import run, schemas, score_pairs
+from pipeline import plan, run, schemas, score_pairs
+from pipeline.catalog import read_pairs
 from pipeline.config import Config
 from pipeline.errors import CatalogError, ConfigError
 from pipeline.media import guard
@@ -199,9 +200,29 @@ def test_a_reference_that_cannot_be_decoded_counts_as_a_try(catalog):
     }  # fmt: skip
     table = pa.Table.from_pylist([unit], schemas.PLAN).select(score_pairs.LADDERS.columns)
     ladders = score_pairs.as_ladders(table)
-    (row,) = score_pairs.decode_ladders(ladders, Config(), "run", {}, {"1": 2})
+    (row,) = score_pairs.decode_ladders(ladders, Config(), "run", {}, {"1": 2}, None)
     (outcome,) = row["outcomes"][0].as_py()
     assert (outcome["code"], outcome["attempt"]) == ("not_found", 3)
+
+
+def test_a_reference_that_is_damaged_is_opened_once_for_all_its_renditions(catalog, monkeypatch):
+    asked = Counter()
+    probe = guard.Guard.probe
+
+    def counting(self, url, *args, **options):
+        asked[name(url)] += 1
+        return probe(self, url, *args, **options)
+
+    monkeypatch.setattr(guard.Guard, "probe", counting)
+    reference = catalog / "out/a_bad.mp4"
+    listed = [f"{catalog}/out/{n}.mkv,{reference}" for n in ("a_20", "a_32", "a_38")]
+    (catalog / "bad.csv").write_text("uri,reference_uri\n" + "\n".join(listed) + "\n")
+    found = read_pairs(str(catalog / "bad.csv"), Config().references).table
+    (catalog / "bad.csv").unlink()
+    rows = plan._Planner(Config(), "m", "", True)(found, schemas.PLAN, None).to_pylist()
+    assert [row["code"] for row in rows] == ["not_media"] * 3
+    assert all(f"{row['uri']}: its reference cannot be used" in row["message"] for row in rows)
+    assert asked["a_bad.mp4"] == 1
 
 
 def test_a_ladder_of_five_decodes_each_reference_frame_once(catalog, monkeypatch):
@@ -228,7 +249,7 @@ def test_a_ladder_of_five_decodes_each_reference_frame_once(catalog, monkeypatch
     columns = score_pairs.LADDERS.columns
     ladders = score_pairs.as_ladders(pa.Table.from_pylist(units, schemas.PLAN).select(columns))
     assert ladders.num_rows == 1
-    (row,) = score_pairs.decode_ladders(ladders, Config(), "run", {}, {})
+    (row,) = score_pairs.decode_ladders(ladders, Config(), "run", {}, {}, None)
     assert [outcome["code"] for outcome in row["outcomes"][0].as_py()] == [None] * 5
     assert {asked["a.mp4", t] for t in times} == {1}
     assert len(row["frames"][0]) == 6 * 3
