@@ -106,17 +106,19 @@ def train(
     ] = None,
     mos_low: Annotated[float, typer.Option(help="Worst end of the rating scale.")] = 0.0,
     mos_high: Annotated[
-        float | None, typer.Option(help="Best end of the rating scale. [nr: 100, fr: 1]")
+        float | None, typer.Option(help="Best end of the rating scale (nr: 100, fr: 1).")
     ] = None,
     splits: Annotated[int, typer.Option(help="Random 80/20 splits to validate on.")] = 3,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the photos or references. [nr: 10, fr: 32]"),
+        typer.Option(
+            help="Passes over the photos or references (nr: 10, nr with --pairs: 18, fr: 32)."
+        ),
     ] = None,
     crop: Annotated[
-        int | None, typer.Option(help="Side of the random crops, in pixels. [nr: 256, fr: 192]")
+        int | None, typer.Option(help="Side of the random crops, in pixels (nr: 256, fr: 192).")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Crops per step. [nr: 8, fr: 16]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Crops per step (nr: 8, fr: 16).")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the splits, the crops and the weights.")] = 1,
     device: Annotated[str, typer.Option(help="Any torch device.")] = "cpu",
     processes: Annotated[int, typer.Option(help="Trainings side by side, one thread each.")] = 1,
