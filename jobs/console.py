@@ -117,7 +117,7 @@ class Events:
         left_out = f", {found['n_failed']} failed and left out" if found["n_failed"] else ""
         self._say(f"{found['n_scored']} of {found['n_rated']} rated items compared{left_out}")
         if scatter is None:
-            self._say("no scatter.png: it needs matplotlib (pip install 'topiq[evaluate]')")
+            self._say("no scatter.png: it needs matplotlib (pip install -e '.[evaluate]')")
         self._say(f"report: {output}/evaluation.md")
 
 

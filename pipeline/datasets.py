@@ -635,7 +635,7 @@ def _spreadsheet(path: Path, sheet: str | None) -> list[Sequence[Any]]:
         import openpyxl
     except ImportError as error:
         raise CatalogError(
-            f"{path}: reading it needs openpyxl: pip install 'topiq[evaluate]'. Or save its sheet "
+            f"{path}: reading it needs openpyxl: pip install -e '.[evaluate]'. Or save its sheet "
             f"{sheet or ''} as {path.with_suffix('.csv').name} beside it."
         ) from error
     try:

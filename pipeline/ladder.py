@@ -180,7 +180,7 @@ def require_extra() -> None:
     """Raises ConfigError unless what draws and compares ladders is installed."""
     for name in ("bjontegaard", "matplotlib"):
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'topiq[ladder]'.")
+            raise ConfigError(f"{name} is not installed: pip install -e '.[ladder]'.")
 
 
 def plot(ladder: Ladder, path: Path) -> None:

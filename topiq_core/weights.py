@@ -178,8 +178,8 @@ def _fetch_from_hub(card: Card) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError as error:
         raise WeightsError(
-            f"{card.name}: its weights are not bundled. Install `topiq[hub]` to have them "
-            f"fetched. Or: {how}"
+            f"{card.name}: its weights are not bundled. To have them fetched: "
+            f"pip install -e '.[hub]'. Or: {how}"
         ) from error
     repo = str(card.hub_repo)
     if not isinstance(try_to_load_from_cache(repo, card.filename), str):

@@ -376,7 +376,7 @@ def test_in_another_folder_the_first_documented_file_is_missed_by_name(tmp_path,
 def test_without_openpyxl_a_spreadsheet_says_how_to_go_on(tmp_path, monkeypatch):
     touch(tmp_path, "TestImage/1.jpg", "Annotations/MOS and Image attribute scores.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(CatalogError, match=r"topiq\[evaluate\].*\.csv"):
+    with pytest.raises(CatalogError, match=r"\[evaluate\].*\.csv"):
         datasets.read(str(tmp_path), "spaq")
 
 

@@ -3,7 +3,9 @@ import json
 
 import av
 import numpy as np
+import piq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import correlate1d
@@ -117,6 +119,19 @@ def test_ms_ssim_is_what_libvmaf_asserts_but_for_its_way_to_the_coarser_scales(p
             for d, r in zip(distorted, reference, strict=True)
         ]
         assert np.mean(theirs) == pytest.approx(expected["ms_ssim"], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(161, 200), (256, 256), (333, 517), (700, 385), (801, 802)])
+@pytest.mark.parametrize("error", [0.5, 5, 80])
+def test_ssim_and_ms_ssim_are_those_of_piq(size, error):
+    reference = landscape(*size, seed=5)[..., 1]
+    noise = np.random.default_rng(6).normal(0, error, size)
+    distorted = np.clip((reference + noise).round(), 0, 255).astype(np.uint8)
+    found = fidelity(*(Planes(y, None, None, 8) for y in (distorted, reference)), ALL)
+    both = [torch.from_numpy(y / 255)[None, None] for y in (distorted, reference)]
+    assert found["ssim"] == pytest.approx(float(piq.ssim(*both, data_range=1.0)), abs=1e-9)
+    theirs = float(piq.multi_scale_ssim(*both, data_range=1.0))
+    assert found["ms_ssim"] == pytest.approx(theirs, abs=1e-9)
 
 
 def picture(height, width, bits=8, chroma=True, seed=0):

@@ -313,7 +313,7 @@ def _log_events(folder: Path | None, scalars: dict[str, float], epoch: int) -> N
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise TopiqError("TensorBoard is not installed: pip install 'topiq[train]'.") from error
+        raise TopiqError("TensorBoard is not installed: pip install -e '.[train]'.") from error
     with SummaryWriter(str(folder), purge_step=epoch) as writer:
         for name, value in scalars.items():
             writer.add_scalar(name, value, epoch)
