@@ -61,7 +61,9 @@ def main(verb: str | None = None) -> None:
     except SomeFailed:
         sys.exit(EXIT_SOME_FAILED)
     except TopiqError as error:
-        say(f"topiq: {error}")
+        from pipeline.storage import redacted
+
+        say(f"topiq: {redacted(str(error))}")
         sys.exit(EXIT_RUN_ERROR)
     except SystemExit as end:
         if end.code == EXIT_INTERRUPTED:

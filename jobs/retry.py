@@ -1,10 +1,10 @@
-"""`topiq retry`: have another go at what failed."""
+"""`topiq retry`: try again what failed."""
 
 from typing import Annotated
 
 import typer
 
-from jobs import cli
+from jobs import cli, options
 
 
 def retry(
@@ -15,11 +15,14 @@ def retry(
     source: Annotated[
         str | None, typer.Option(help="The catalog, when the recorded one had credentials in it.")
     ] = None,
+    settings: options.Settings = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per event on stdout.")
     ] = False,
 ) -> None:
     """Score what failed again, with the source and the options of the last run.
+
+    --set changes an option: a timeout, or what had credentials in it and so was not recorded.
 
     Items that failed at planning are looked at again in any case. What is scored stays as it is.
     Exit codes as those of `topiq score`.
@@ -29,7 +32,8 @@ def retry(
 
     events = Events(as_json)
     try:
-        summary = run.retry(output, [code for code in only.split(",") if code], events, source)
+        codes = [code for code in only.split(",") if code]
+        summary = run.retry(output, codes, events, source, settings)
     finally:
         events.close()
     if summary.failed:

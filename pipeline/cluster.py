@@ -264,6 +264,11 @@ def local_cpus() -> int:
     return allowed
 
 
+def _places(nodes: list[dict[str, float]], cpus: float) -> list[float]:
+    """CPUs of each node that has so many."""
+    return [node["CPU"] for node in nodes if node.get("CPU", 0) >= cpus]
+
+
 # What a scorer on a CPU holds: itself with its model, and for each pixel of a frame. Scorers may
 # take so much of the memory that Ray has to give.
 _SCORER_BYTES, _SCORER_BYTES_A_PIXEL, _SCORERS_SHARE = 1 << 30, 300, 0.7
@@ -293,8 +298,11 @@ def shares(config: Config, largest_pixels: int | None = None) -> Shares:
     working = [node for node in nodes if node.get("CPU", 0) >= 1]  # a head may have none
     largest = max(node["CPU"] for node in working)
     small = booked < 4
-    light_cpus, decode_cpus = 0.25, 0.5 if small or largest < 2 else 1.0
-    places = [node["CPU"] for node in working if node["CPU"] >= decode_cpus + light_cpus]
+    light_cpus, decode_cpus = 0.25, 1.0
+    places = _places(working, decode_cpus + light_cpus)
+    if small or sum(places) <= 3:
+        decode_cpus = 0.5
+        places = _places(working, decode_cpus + light_cpus)
     kept = (decode_cpus + light_cpus) * len(places)
     if use_gpus:
         actors = config.score_actors or max(1, int(gpus / config.gpus_per_actor))

@@ -305,14 +305,28 @@ def load(
     file: Path | None = None,
     settings: list[str] | None = None,
     flags: dict[str, Any] | None = None,
+    recorded: dict[str, Any] | None = None,
 ) -> Config:
     """Resolve the options: defaults, then the YAML file, then `KEY=VALUE` settings, then flags.
 
-    Flags that are None are left out. Raises ConfigError naming the option and what it allows.
+    Flags that are None are left out. recorded: options of an earlier run, in place of defaults.
+    Raises ConfigError naming the option and what it allows.
     """
-    values: dict[str, Any] = {}
+    values = dict(recorded or {})
     if file is not None:
         values |= _read_yaml(file)
+    values |= parsed(settings)
+    values |= {k: v for k, v in (flags or {}).items() if v is not None}
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise ConfigError(f"configuration: {problems}") from error
+
+
+def parsed(settings: list[str] | None) -> dict[str, Any]:
+    """Values of `KEY=VALUE` settings by key. Raises ConfigError."""
+    values = {}
     for setting in settings or []:
         key, found, text = setting.partition("=")
         if not found:
@@ -321,12 +335,7 @@ def load(
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting}: the value is not YAML.") from error
-    values |= {k: v for k, v in (flags or {}).items() if v is not None}
-    try:
-        return Config(**values)
-    except ValidationError as error:
-        problems = "; ".join(_problem(e) for e in error.errors())
-        raise ConfigError(f"configuration: {problems}") from error
+    return values
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

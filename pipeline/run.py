@@ -29,7 +29,7 @@ from pipeline import (
     stages,
     storage,
 )
-from pipeline.config import Config
+from pipeline.config import Config, load, parsed
 from pipeline.errors import BY_CODE, ConfigError, OutputError, ScorersDied, TooManyFailures
 from pipeline.monitor import Monitor
 from pipeline.output import Output
@@ -175,15 +175,29 @@ def plan_catalog(
     return planned, left
 
 
-def retry(out: str, codes: Collection[str], event: Event, source: str | None = None) -> Summary:
+def retry(
+    out: str,
+    codes: Collection[str],
+    event: Event,
+    source: str | None = None,
+    settings: list[str] | None = None,
+) -> Summary:
     """Score an output's failed units again, as its last run did. Raises TopiqError.
 
     codes: the failure codes to try again; empty means all of them. source: the catalog, if the
-    one in run.json will not do, because it is signed for a time that is over.
+    one in run.json will not do, because it is signed for a time that is over. settings: options
+    as `KEY=VALUE` in place of the recorded ones.
     """
     output = Output(out)
     record = _last_record(output)
-    source, config = source or record["source"], Config(**record["config"])
+    source = source or record["source"]
+    config = load(settings=settings, recorded=record["config"])
+    lost = sorted(set(record.get("options_redacted", ())) - set(parsed(settings)))
+    if lost:
+        raise ConfigError(
+            f"{lost[0]} {record['config'][lost[0]]}: its credentials were not kept. Give it again "
+            f"with --set {lost[0]}=..."
+        )
     if source == record["source"] and record.get("source_redacted", "=REDACTED" in source):
         raise ConfigError(f"{source}: its credentials were not kept. Give it again with --source.")
     unknown = sorted(set(codes) - set(BY_CODE))
@@ -401,6 +415,8 @@ def _refuse_foreign(output: Output) -> None:
 
 
 def _new_record(run: _Run) -> dict[str, Any]:
+    options = run.config.model_dump(mode="json")
+    shown = {k: redacted(v) if isinstance(v, str) else v for k, v in options.items()}
     return {
         "run_id": run.run_id,
         "status": "running",
@@ -409,10 +425,8 @@ def _new_record(run: _Run) -> dict[str, Any]:
         "source_redacted": redacted(run.source) != run.source,
         "schema_version": schemas.SCHEMA_VERSION,
         "versions": _versions(),
-        "config": {
-            name: redacted(value) if isinstance(value, str) else value
-            for name, value in run.config.model_dump(mode="json").items()
-        },
+        "config": shown,
+        "options_redacted": [name for name in options if shown[name] != options[name]],
         "weights": _weights_record(run.weights[0]),
         "companions": [_weights_record(weights) for weights in run.weights[1:]],
     }

@@ -157,6 +157,8 @@ def test_scorers_on_cpus_are_as_many_as_have_room_for_a_frame(
         ([(1, 4, 0)] * 6, 6),
         ([(1, 4, 0)] * 2, 2),
         ([(2, 8, 0)] * 3, 6),
+        ([(1, 4, 0), (1, 4, 0), (2, 8, 0)], 4),
+        ([(1, 4, 0)] * 5 + [(2, 8, 0)], 7),
         ([(0, 32, 0), (16, 20, 0)], 8),  # of a head without CPUs memory is no room
         ([(8, 64, 0), (32, 8, 0)], 16),  # nor is that of another node
     ],

@@ -1,6 +1,9 @@
 """Whole runs with a model that compares: real files, a real Ray."""
 
+import functools
+import http.server
 import json
+import threading
 from collections import Counter
 
 import duckdb
@@ -346,3 +349,26 @@ def test_what_one_of_two_models_cannot_score_neither_scores(model, tmp_path):
     for row in failed:
         assert [row[column] for column in schemas.NULL_WHEN_FAILED] == [None] * 7
     assert run.retry(str(out), ["too_small"], lambda *_, **__: None).failed == 1
+
+
+class QuietServer(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and prints nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_signed_reference_is_not_recorded_and_must_be_given_to_a_retry_again(model, tmp_path):
+    tiny, out, secret = tmp_path / "tiny.png", tmp_path / "out", "s3cr3t-s1gnature"
+    Image.fromarray(FRAMES[0][:20, :20]).save(tiny)
+    serve = functools.partial(QuietServer, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        signed = f"http://127.0.0.1:{server.server_port}/tiny.png?X-Amz-Signature={secret}"
+        assert score(tiny, out, model=model, reference=signed).failed_by_code == {"too_small": 1}
+        server.shutdown()
+    assert secret not in (out / "run.json").read_text()
+    with pytest.raises(ConfigError, match=r"reference http.*REDACTED.*--set reference="):
+        run.retry(str(out), [], lambda *_, **__: None)
+    mended = run.retry(str(out), [], lambda *_, **__: None, settings=[f"reference={tiny}"])
+    assert mended.failed_by_code == {"too_small": 1}
