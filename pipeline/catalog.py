@@ -1,10 +1,11 @@
 """What to score: a file, a folder or prefix, a glob, or a manifest. Lists, never opens media."""
 
+import fnmatch
 import hashlib
 import itertools
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -248,29 +249,97 @@ def from_bytes(address: bytes) -> str:
 
 def _folder(fs: Any, path: str) -> Iterator[_Entry]:
     """All files below a folder, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
-    for root, folders, files in fs.walk(path, detail=True):
-        for name in [n for n in folders if n.startswith(".")]:
-            del folders[name]
-        for name, info in files.items():
-            if name and not name.startswith(".") and _is_file(fs, info):
-                yield _entry(fs, info.get("name") or posixpath.join(root, name), info)
+    for _, entries in _walk(fs, [path]):
+        for name, info in entries:
+            if not name.startswith(".") and _is_file(fs, info):
+                yield _entry(fs, info["name"], info)
 
 
 def _glob(fs: Any, path: str) -> Iterator[_Entry]:
     """What matches, and all files below matching folders; hidden ones only when asked for."""
-    hidden_too = posixpath.basename(path).startswith(".")
-    for match, info in fs.glob(path, detail=True).items():
-        if fs.isdir(match):
-            yield from _folder(fs, match)
-        elif (hidden_too or not posixpath.basename(match).startswith(".")) and _is_file(fs, info):
-            yield _entry(fs, match, info)
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    places: Iterable[_Place] = [("/".join(parts[:first]) or fs.root_marker, None)]
+    hidden_too = parts[-1].startswith(".")
+    if parts[-1] == "**":
+        parts.append("*")
+    for part in parts[first:-1]:
+        places = _matching_folders(fs, places, part)
+    for name, info in _matching(fs, places, parts[-1]):
+        if _is_folder(fs, info):
+            yield from _folder(fs, info["name"].rstrip("/"))
+        elif (hidden_too or not name.startswith(".")) and _is_file(fs, info):
+            yield _entry(fs, info["name"], info)
+
+
+_MAGIC = re.compile(r"[*?\[]")
+# Names of what is in a folder, and what the file system tells of each. In an object store a name
+# may be of an object and of a folder.
+_Entries = list[tuple[str, dict[str, Any]]]
+# A folder, with what is in it where that is known.
+_Place = tuple[str, _Entries | None]
+
+
+def _matching_folders(fs: Any, places: Iterable[_Place], part: str) -> Iterable[_Place]:
+    """The folders that a part of a pattern matches in others; `**` is any number of levels."""
+    if part == "**":
+        return _walk(fs, [folder for folder, _ in places])
+    matching = _matching(fs, places, part)
+    return ((info["name"].rstrip("/"), None) for _, info in matching if _is_folder(fs, info))
+
+
+def _matching(fs: Any, places: Iterable[_Place], part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a part of a pattern matches in folders."""
+    for folder, entries in places:
+        for name, info in entries or _children(fs, folder):
+            if fnmatch.fnmatchcase(name, part):
+                yield name, info
+
+
+def _walk(fs: Any, folders: Iterable[str]) -> Iterator[tuple[str, _Entries]]:
+    """Folders and all that are below them and not hidden, with what is in each.
+
+    Not as fsspec's own, which leaves out what it cannot list. Raises CatalogError.
+    """
+    waiting = deque(folders)
+    while waiting:
+        folder = waiting.popleft()
+        entries = _children(fs, folder)
+        yield folder, entries
+        for name, info in entries:
+            if info["type"] == "directory" and not name.startswith("."):
+                waiting.append(info["name"].rstrip("/"))
+
+
+def _children(fs: Any, folder: str) -> _Entries:
+    """What is in a folder; nothing when there is no such folder (any more). Raises CatalogError."""
+    try:
+        listing = fs.ls(folder, detail=True)
+    except FileNotFoundError:
+        return []
+    except MemoryError:
+        raise
+    except Exception as error:  # stores have exceptions of their own
+        reason = str(error) or type(error).__name__
+        raise CatalogError(
+            f"{storage.unstrip(fs, folder)}: this folder cannot be listed ({reason}), and what is "
+            "in it would be missing. Check the rights there; if the store was busy, try again."
+        ) from error
+    own = folder.rstrip("/")  # some list the folder itself, and a file as what is in it
+    paths = ((info["name"].rstrip("/"), info) for info in listing)
+    return [(path.rpartition("/")[2], info) for path, info in paths if path != own]
+
+
+def _is_folder(fs: Any, info: dict[str, Any]) -> bool:
+    """Also what is a link to one."""
+    return info["type"] == "directory" or bool(info.get("islink") and fs.isdir(info["name"]))
 
 
 def _is_file(fs: Any, info: dict[str, Any]) -> bool:
     """Pipes, sockets and devices are not media, and reading one may never end."""
     if info.get("islink"):
         return bool(fs.isfile(info["name"]))
-    return info.get("type") != "other"
+    return info["type"] not in ("directory", "other")
 
 
 def _entry(fs: Any, path: str, info: dict[str, Any]) -> _Entry:

@@ -1,10 +1,16 @@
+import http.server
 import json
 import os
 import string
+import threading
+import urllib.parse
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +39,90 @@ def test_a_folder_is_listed_recursively_sorted_without_hidden_files(folder):
 def test_a_glob_takes_what_matches(folder):
     assert uris(catalog.read(f"{folder}/*.mp4")) == [str(folder / "b.mp4")]
     assert uris(catalog.read(f"{folder}/**/*.mkv")) == [str(folder / "sub/c.mkv")]
+
+
+class Guarded(LocalFileSystem):
+    """Does not let one folder be listed."""
+
+    protocol = "guarded"
+
+    def ls(self, path, detail=False, **kwargs):
+        if path.endswith("/open/shut"):
+            raise PermissionError("An error occurred (403): Forbidden")
+        return super().ls(path, detail=detail, **kwargs)
+
+
+@pytest.mark.parametrize("source", ["", "/*", "/**/*.mp4", "/*/*/*.mp4", "/op*"])
+def test_a_folder_that_cannot_be_listed_is_an_error_that_names_it(tmp_path, source):
+    fsspec.register_implementation("guarded", Guarded, clobber=True)
+    (tmp_path / "open/shut").mkdir(parents=True)
+    for name in ("a.mp4", "open/b.mp4", "open/shut/c.mp4"):
+        (tmp_path / name).touch()
+    with pytest.raises(CatalogError, match=rf"{tmp_path}/open/shut: .* listed .*403.*rights"):
+        catalog.read(f"guarded://{tmp_path}{source}")
+    # What a pattern does not lead into need not be listed.
+    found = catalog.read(f"guarded://{tmp_path}/op*/b.mp4")
+    assert uris(found) == [str(tmp_path / "open/b.mp4")]
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """Lists a bucket as S3 does, but for what lies below `shut/`."""
+
+    keys = ("both", "both/a.mp4", "open/b.mp4", "open/shut/c.mp4")
+
+    def do_GET(self):
+        asked = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        prefix = asked.get("prefix", [""])[0]
+        if prefix.endswith("shut/"):
+            self.answer(403, "<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
+            return
+        below = [key.removeprefix(prefix) for key in self.keys if key.startswith(prefix)]
+        files = [f"<Contents><Key>{prefix}{k}</Key><Size>1</Size></Contents>" for k in below
+                 if "/" not in k]  # fmt: skip
+        folders = {k.split("/")[0] for k in below if "/" in k}
+        named = [f"<CommonPrefixes><Prefix>{prefix}{f}/</Prefix></CommonPrefixes>" for f in folders]
+        self.answer(200, f"<ListBucketResult>{''.join(files + named)}</ListBucketResult>")
+
+    def do_HEAD(self):
+        self.answer(200 if self.path.split("/", 2)[-1] in self.keys else 404, "")
+
+    def answer(self, status, text):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["bucket", "bucket/open/", "bucket/**/*.mp4", "bucket/o*"])
+def test_a_prefix_that_cannot_be_listed_is_an_error_that_names_it(source):
+    with pytest.raises(CatalogError, match=r"s3://bucket/open/shut: .* listed .*No\..*rights"):
+        catalog.read(f"s3://{source}")
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["b*", "b*/*", "both*"])
+def test_a_name_may_be_of_an_object_and_of_a_folder(source):
+    found = uris(catalog.read(f"s3://bucket/{source}"))
+    assert found[-1] == "s3://bucket/both/a.mp4"
+    assert found[:-1] == ([] if "/" in source else ["s3://bucket/both"])
 
 
 def test_links_to_files_are_files_and_pipes_are_not(folder):
@@ -129,8 +219,6 @@ def test_a_broken_manifest_is_refused_by_name(tmp_path):
 
 
 def test_any_fsspec_url_can_be_listed():
-    import fsspec
-
     fs = fsspec.filesystem("memory")
     for name in ("/cat/x.mp4", "/cat/deep/y.jpg"):
         fs.pipe(name, b"x")
