@@ -197,7 +197,7 @@ def _read(source: str) -> Catalog:
                 return _manifest(source, fs, path)
             return _listed([_Entry(source, True)])
         if fs.isdir(path):
-            return _listed(_folder(fs, path), f"{source}: no files in this folder.")
+            return _listed(_below(fs, [path]), f"{source}: no files in this folder.")
         if any(c in path for c in "*?["):
             return _listed(_glob(fs, path), f"{source}: nothing matches.")
     except (TopiqError, MemoryError):
@@ -211,10 +211,10 @@ def _read(source: str) -> Catalog:
 
 
 def _listed(items: Iterable[_Entry], nothing: str = "") -> Catalog:
-    found = sorted(items, key=lambda entry: entry.address)
+    found = {entry.address: entry for entry in items}  # a glob may lead to one file in two ways
     if not found:
         raise CatalogError(nothing)
-    return Catalog(_items(found))
+    return Catalog(_items([found[address] for address in sorted(found)]))
 
 
 def _items(entries: list[_Entry]) -> pa.Table:
@@ -247,29 +247,34 @@ def from_bytes(address: bytes) -> str:
     return address.decode("utf-8", "surrogateescape")
 
 
-def _folder(fs: Any, path: str) -> Iterator[_Entry]:
-    """All files below a folder, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
-    for _, entries in _walk(fs, [path]):
+def _below(fs: Any, folders: Iterable[str]) -> Iterator[_Entry]:
+    """All files below folders, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
+    for _, entries in _walk(fs, folders):
         for name, info in entries:
             if not name.startswith(".") and _is_file(fs, info):
                 yield _entry(fs, info["name"], info)
 
 
 def _glob(fs: Any, path: str) -> Iterator[_Entry]:
-    """What matches, and all files below matching folders; hidden ones only when asked for."""
+    """What matches, and all files below matching folders.
+
+    What is hidden matches only parts of the pattern that begin with a dot.
+    """
     parts = path.split("/")
     first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     places: Iterable[_Place] = [("/".join(parts[:first]) or fs.root_marker, None)]
-    hidden_too = parts[-1].startswith(".")
     if parts[-1] == "**":
         parts.append("*")
     for part in parts[first:-1]:
         places = _matching_folders(fs, places, part)
-    for name, info in _matching(fs, places, parts[-1]):
+    folders = []
+    for info in _matching(fs, places, parts[-1]):
         if _is_folder(fs, info):
-            yield from _folder(fs, info["name"].rstrip("/"))
-        elif (hidden_too or not name.startswith(".")) and _is_file(fs, info):
+            folders.append(info["name"].rstrip("/"))
+        elif _is_file(fs, info):
             yield _entry(fs, info["name"], info)
+    if parts[-2:] != ["**", "*"]:  # which matches all files below as well
+        yield from _below(fs, folders)
 
 
 _MAGIC = re.compile(r"[*?\[]")
@@ -285,25 +290,29 @@ def _matching_folders(fs: Any, places: Iterable[_Place], part: str) -> Iterable[
     if part == "**":
         return _walk(fs, [folder for folder, _ in places])
     matching = _matching(fs, places, part)
-    return ((info["name"].rstrip("/"), None) for _, info in matching if _is_folder(fs, info))
+    return ((info["name"].rstrip("/"), None) for info in matching if _is_folder(fs, info))
 
 
-def _matching(fs: Any, places: Iterable[_Place], part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _matching(fs: Any, places: Iterable[_Place], part: str) -> Iterator[dict[str, Any]]:
     """What a part of a pattern matches in folders."""
     for folder, entries in places:
         for name, info in entries or _children(fs, folder):
-            if fnmatch.fnmatchcase(name, part):
-                yield name, info
+            hidden = name.startswith(".") and not part.startswith(".")
+            if not hidden and fnmatch.fnmatchcase(name, part):
+                yield info
 
 
 def _walk(fs: Any, folders: Iterable[str]) -> Iterator[tuple[str, _Entries]]:
-    """Folders and all that are below them and not hidden, with what is in each.
+    """Folders and all that are below them and not hidden, each once, with what is in it.
 
     Not as fsspec's own, which leaves out what it cannot list. Raises CatalogError.
     """
-    waiting = deque(folders)
+    waiting, seen = deque(folders), set[str]()
     while waiting:
         folder = waiting.popleft()
+        if folder in seen:
+            continue
+        seen.add(folder)
         entries = _children(fs, folder)
         yield folder, entries
         for name, info in entries:

@@ -41,6 +41,32 @@ def test_a_glob_takes_what_matches(folder):
     assert uris(catalog.read(f"{folder}/**/*.mkv")) == [str(folder / "sub/c.mkv")]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*", ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv", "sub/sub/e.mp4")),
+        ("**", ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv", "sub/sub/e.mp4")),
+        ("**/*", ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv", "sub/sub/e.mp4")),
+        ("**/*.mp4", ("b.mp4", "sub/sub/e.mp4")),
+        ("**/s*", ("sub/c.mkv", "sub/sub/e.mp4")),
+        ("**/sub/**/*.m*", ("sub/c.mkv", "sub/sub/e.mp4")),
+        ("s?b/[!x]*", ("sub/c.mkv", "sub/sub/e.mp4")),
+        ("*/sub/e.mp4", ("sub/sub/e.mp4",)),
+        (".*", (".git/d.mp4", ".hidden.mp4")),
+        ("**/.*", (".git/d.mp4", ".hidden.mp4", "sub/.e.mp4")),
+        (".git/*", (".git/d.mp4",)),
+        (".g*/**/*.mp4", (".git/d.mp4",)),
+    ],
+)
+def test_a_glob_takes_each_file_once_and_hidden_ones_when_a_dot_asks(folder, pattern, names):
+    for name in ("sub/sub/e.mp4", "sub/.e.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    found = catalog.read(f"{folder}/{pattern}")
+    assert uris(found) == sorted(str(folder / name) for name in names)
+    assert found.duplicates == 0
+
+
 class Guarded(LocalFileSystem):
     """Does not let one folder be listed."""
 
