@@ -3,12 +3,13 @@
 import fnmatch
 import hashlib
 import itertools
+import os
 import posixpath
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import schemas, storage
 from pipeline.errors import CatalogError
@@ -305,19 +307,28 @@ def _matching(fs: Any, places: Iterable[_Place], part: str) -> Iterator[dict[str
 def _walk(fs: Any, folders: Iterable[str]) -> Iterator[tuple[str, _Entries]]:
     """Folders and all that are below them and not hidden, each once, with what is in it.
 
-    Not as fsspec's own, which leaves out what it cannot list. Raises CatalogError.
+    Links to folders are followed after all else: what lies in the tree itself keeps its own path,
+    and links that lead around in a circle end. Not as fsspec's own walk, which follows none and
+    leaves out what it cannot list. Raises CatalogError.
     """
-    waiting, seen = deque(folders), set[str]()
-    while waiting:
-        folder = waiting.popleft()
-        if folder in seen:
+    waiting, links, seen = deque[str](), deque[str](), set[str]()
+
+    def wait(folder: str) -> None:
+        (links if _is_link(fs, folder) else waiting).append(folder)
+
+    for folder in folders:
+        wait(folder)
+    while waiting or links:
+        folder = (waiting or links).popleft()
+        real = os.path.realpath(folder) if isinstance(fs, LocalFileSystem) else folder
+        if real in seen:
             continue
-        seen.add(folder)
+        seen.add(real)
         entries = _children(fs, folder)
         yield folder, entries
         for name, info in entries:
-            if info["type"] == "directory" and not name.startswith("."):
-                waiting.append(info["name"].rstrip("/"))
+            if not name.startswith(".") and _is_folder(fs, info):
+                wait(info["name"].rstrip("/"))
 
 
 def _children(fs: Any, folder: str) -> _Entries:
@@ -336,7 +347,14 @@ def _children(fs: Any, folder: str) -> _Entries:
         ) from error
     own = folder.rstrip("/")  # some list the folder itself, and a file as what is in it
     paths = ((info["name"].rstrip("/"), info) for info in listing)
-    return [(path.rpartition("/")[2], info) for path, info in paths if path != own]
+    return sorted(
+        ((path.rpartition("/")[2], info) for path, info in paths if path != own),
+        key=lambda entry: entry[0],
+    )
+
+
+def _is_link(fs: Any, folder: str) -> bool:
+    return isinstance(fs, LocalFileSystem) and Path(folder).is_symlink()
 
 
 def _is_folder(fs: Any, info: dict[str, Any]) -> bool:

@@ -161,6 +161,22 @@ def test_links_to_files_are_files_and_pipes_are_not(folder):
     assert uris(catalog.read(f"{folder}/sub/*")) == expected
 
 
+@pytest.mark.parametrize("source", ["", "/*", "/**", "/**/*.mp4", "/**/[a-z]*"])
+def test_links_to_folders_are_followed_and_each_folder_is_listed_once(tmp_path, source):
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    for name in ("tree/real/a.mp4", "elsewhere/b.mp4", "elsewhere/.git/c.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tree / "again").symlink_to(tree / "real")  # its name comes first, and yields to the folder's
+    (tree / "out").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tree)
+    (tree / "real/up").symlink_to("..")
+    (tree / ".hidden").symlink_to(elsewhere / ".git")
+    (tree / "dangling").symlink_to(tmp_path / "gone")
+    found = catalog.read(f"{tree}{source}")
+    assert uris(found) == [f"{tree}/out/b.mp4", f"{tree}/real/a.mp4"]
+
+
 def test_one_file_is_a_catalog(folder):
     found = catalog.read(str(folder / "notes.txt"))
     assert uris(found) == [str(folder / "notes.txt")]
