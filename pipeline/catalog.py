@@ -504,19 +504,23 @@ def _resolved(uri: str, base: str) -> str:
 
 
 def _extra_names(names: list[str]) -> list[str]:
-    """The manifest's columns under names that no column of ours has."""
+    """The manifest's columns under names that no column of ours has.
+
+    One without a name, as pandas writes its index, becomes `unnamed`: SQL cannot say "".
+    """
     taken = set(COLUMNS.names) | {f"known_{name}" for name in schemas.STATS}
+    given = {name.lower() for name in names}
     out = []
     for name in names:
         if name == "uri":
             continue
+        other = f"manifest_{name}" if name else "unnamed"
         candidates = itertools.chain(
-            (name, f"manifest_{name}"), (f"manifest_{name}_{i}" for i in itertools.count(2))
+            (name or other, other), (f"{other}_{i}" for i in itertools.count(2))
         )
         # Without case: to DuckDB and most SQL engines Score and score are one column.
-        chosen = next(
-            c for c in candidates if c.lower() not in taken and not schemas.is_reserved(c)
-        )
+        used = taken if name else taken | given
+        chosen = next(c for c in candidates if c.lower() not in used and not schemas.is_reserved(c))
         taken.add(chosen.lower())
         out.append(chosen)
     return out

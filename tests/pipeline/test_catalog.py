@@ -236,6 +236,16 @@ def test_no_column_of_a_manifest_collides_with_ours(tmp_path):
     ]  # fmt: skip
 
 
+def test_columns_without_a_name_are_given_one(tmp_path):
+    (tmp_path / "a.csv").write_text(",uri,mos,\n0,a.mp4,3,x\n1,b.mp4,4,y\n")
+    (tmp_path / "b.csv").write_text(",Unnamed,uri\n0,u,a.mp4\n")
+    found = catalog.read(str(tmp_path / "a.csv"))
+    assert [field.name for field in found.extras] == ["unnamed", "mos", "unnamed_2"]
+    assert found.table["unnamed_2"].to_pylist() == ["x", "y"]
+    found = catalog.read(str(tmp_path / "b.csv"))
+    assert [field.name for field in found.extras] == ["unnamed_2", "Unnamed"]
+
+
 def test_an_item_named_twice_is_one_item_and_counted(tmp_path):
     rows = [{"uri": "a.mp4", "n": 1}, {"uri": "b.mp4", "n": 2}, {"uri": "./a.mp4", "n": 3}]
     found = catalog.read(write_manifest(tmp_path / "list.csv", rows))
@@ -276,7 +286,7 @@ def test_a_name_that_is_not_text_keeps_its_bytes_and_shows_escaped(tmp_path):
     assert os.path.exists(catalog.from_bytes(address))  # noqa: PTH110
 
 
-names = st.text(string.printable, min_size=1, max_size=30).filter(lambda s: s.strip() == s != "uri")
+names = st.text(string.printable, max_size=30).filter(lambda s: s.strip() == s != "uri")
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
 
 
