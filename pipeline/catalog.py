@@ -451,12 +451,16 @@ def _passing(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+# A row must fit in a block. Small files take no more memory for a large one.
+_BLOCK_BYTES = 256 << 20
+
+
 def _read_table(file: Any, suffix: str) -> pa.Table:
     if suffix == ".parquet":
         return pq.read_table(file)
     if suffix == ".csv":
         return _read_csv(file)
-    return pajson.read_json(file)
+    return pajson.read_json(file, pajson.ReadOptions(block_size=_BLOCK_BYTES))
 
 
 def _read_csv(file: Any) -> pa.Table:
@@ -465,7 +469,9 @@ def _read_csv(file: Any) -> pa.Table:
     So does a column in which nothing stands.
     """
     data = file.read()
-    guessed = pacsv.read_csv(pa.BufferReader(data))
+    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    guessed = pacsv.read_csv(pa.BufferReader(data), read, parse)
     doubtful = [
         field.name
         for field in guessed.schema
@@ -480,7 +486,7 @@ def _read_csv(file: Any) -> pa.Table:
         column_types=dict.fromkeys(doubtful, pa.string()),
         strings_can_be_null=True,
     )
-    texts = pacsv.read_csv(pa.BufferReader(data), convert_options=convert)
+    texts = pacsv.read_csv(pa.BufferReader(data), read, parse, convert)
     for name in doubtful:
         index, text = guessed.column_names.index(name), texts[name]
         is_name = pc.any(pc.match_substring_regex(text, _NAME_OF_DIGITS)).as_py()

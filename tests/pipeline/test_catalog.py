@@ -6,6 +6,7 @@ import threading
 import urllib.parse
 
 import fsspec
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -244,6 +245,23 @@ def test_columns_without_a_name_are_given_one(tmp_path):
     assert found.table["unnamed_2"].to_pylist() == ["x", "y"]
     found = catalog.read(str(tmp_path / "b.csv"))
     assert [field.name for field in found.extras] == ["unnamed_2", "Unnamed"]
+
+
+def test_line_breaks_in_the_fields_of_a_long_csv_are_data(tmp_path):
+    captions = [f"line {n}\n" * 200 for n in range(2000)]
+    table = pd.DataFrame({"uri": [f"{n}.mp4" for n in range(2000)], "n": 7, "caption": captions})
+    table.to_csv(tmp_path / "list.csv", index=False)
+    assert (tmp_path / "list.csv").stat().st_size > 2 << 20
+    found = catalog.read(str(tmp_path / "list.csv")).table
+    assert found["caption"].to_pylist() == captions
+    assert found["n"].to_pylist() == [7] * 2000
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_row_may_be_longer_than_a_megabyte(tmp_path, suffix):
+    rows = [{"uri": "a.mp4", "note": "x" * (3 << 20)}, {"uri": "b.mp4", "note": "y"}]
+    found = catalog.read(write_manifest(tmp_path / f"list.{suffix}", rows))
+    assert [len(note) for note in found.table["note"].to_pylist()] == [3 << 20, 1]
 
 
 def test_an_item_named_twice_is_one_item_and_counted(tmp_path):
