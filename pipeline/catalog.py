@@ -156,10 +156,10 @@ def _base(source: str) -> str:
     """The folder that the paths of a source's items are counted from."""
     source = storage.absolute(source)
     fs, path = storage.locate(source)
-    if fs.isdir(path):
-        return source
-    whole = source if fs.isfile(path) else re.split(r"[*?\[]", source)[0]
-    return whole.rpartition("/")[0]
+    if fs.isfile(path):
+        return source.rpartition("/")[0]
+    folder = path if fs.isdir(path) else _MAGIC.split(path)[0].rpartition("/")[0]
+    return storage.unstrip(fs, folder)
 
 
 def _with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:

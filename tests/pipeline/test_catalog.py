@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline import catalog, schemas
 from pipeline.errors import CatalogError
+from pipeline.pairing import References
 
 
 def uris(found):
@@ -95,7 +96,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_that_names_it(tmp_path, sour
 class Bucket(http.server.BaseHTTPRequestHandler):
     """Lists a bucket as S3 does, but for what lies below `shut/`."""
 
-    keys = ("both", "both/a.mp4", "open/b.mp4", "open/shut/c.mp4")
+    keys = ("both", "both/a.mp4", "open/b.mp4", "open/shut/c.mp4", "clips/a.mp4", "masters/a.mov")
 
     def do_GET(self):
         asked = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
@@ -150,6 +151,15 @@ def test_a_name_may_be_of_an_object_and_of_a_folder(source):
     found = uris(catalog.read(f"s3://bucket/{source}"))
     assert found[-1] == "s3://bucket/both/a.mp4"
     assert found[:-1] == ([] if "/" in source else ["s3://bucket/both"])
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["clips/", "clips/*"])
+def test_references_are_found_whichever_name_of_a_scheme_is_given(source):
+    references = References(root="s3a://bucket/masters")
+    found = catalog.read_pairs(f"s3a://bucket/{source}", references).table
+    assert found["uri"].to_pylist() == ["s3://bucket/clips/a.mp4"]
+    assert found["reference_uri"].to_pylist() == ["s3://bucket/masters/a.mov"]
 
 
 def test_links_to_files_are_files_and_pipes_are_not(folder):
