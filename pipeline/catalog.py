@@ -197,11 +197,11 @@ def _read(source: str) -> Catalog:
         if fs.isfile(path):
             if PurePosixPath(path).suffix.lower() in MANIFEST_SUFFIXES:
                 return _manifest(source, fs, path)
-            return _listed([_Entry(source, True)])
+            return Catalog(_items([_Entry(source, True)]))
         if fs.isdir(path):
-            return _listed(_below(fs, [path]), f"{source}: no files in this folder.")
-        if any(c in path for c in "*?["):
-            return _listed(_glob(fs, path), f"{source}: nothing matches.")
+            return _listing(source, fs, _below(fs, [path]), "no files in this folder.")
+        if _MAGIC.search(path):
+            return _listing(source, fs, _glob(fs, path), "nothing matches.")
     except (TopiqError, MemoryError):
         raise
     except Exception as error:  # stores have exceptions of their own
@@ -212,11 +212,18 @@ def _read(source: str) -> Catalog:
     raise CatalogError(f"{source}: no such file, folder, glob or manifest.")
 
 
-def _listed(items: Iterable[_Entry], nothing: str = "") -> Catalog:
+def _listing(source: str, fs: Any, items: Iterable[_Entry], nothing: str) -> Catalog:
     found = {entry.address: entry for entry in items}  # a glob may lead to one file in two ways
     if not found:
-        raise CatalogError(nothing)
-    return Catalog(_items([found[address] for address in sorted(found)]))
+        raise CatalogError(f"{source}: {nothing}")
+    addresses = sorted(found)
+    if not storage.leads_back(fs, addresses[0]):
+        raise CatalogError(
+            f"{source}: folders cannot be listed there, since what is in them has no address of "
+            f"its own ({addresses[0]} names no file). Give a manifest with whole addresses, or "
+            "copy the files."
+        )
+    return Catalog(_items([found[address] for address in addresses]))
 
 
 def _items(entries: list[_Entry]) -> pa.Table:

@@ -131,6 +131,20 @@ def unstrip(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
+def leads_back(fs: Any, address: str) -> bool:
+    """Whether an address that `unstrip` gave can be read by itself.
+
+    It cannot where the server or the archive is no part of paths, as with ftp:// and zip://.
+    """
+    if (host := getattr(fs, "host", None)) and str(host) not in address:
+        return False
+    try:
+        again, path = locate(address)
+        return bool(again == fs or again.exists(path))
+    except Exception:  # of any kind, from a file system that is opened with too little
+        return False
+
+
 def stat_from_info(info: dict[str, Any]) -> Stat:
     """Size, time and etag from an fsspec listing entry."""
     modified = next(

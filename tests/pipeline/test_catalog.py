@@ -4,6 +4,7 @@ import os
 import string
 import threading
 import urllib.parse
+import zipfile
 
 import fsspec
 import pandas as pd
@@ -15,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import catalog, schemas
+from pipeline import catalog, schemas, storage
 from pipeline.errors import CatalogError
 from pipeline.pairing import References
 
@@ -303,6 +304,27 @@ def test_any_fsspec_url_can_be_listed():
     for name in ("/cat/x.mp4", "/cat/deep/y.jpg"):
         fs.pipe(name, b"x")
     assert uris(catalog.read("memory://cat")) == ["memory:///cat/deep/y.jpg", "memory:///cat/x.mp4"]
+
+
+@pytest.mark.parametrize("inside", ["d", "d/*", "**/*.mp4"])
+def test_folders_whose_files_have_no_address_of_their_own_are_refused(tmp_path, inside):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("d/a.mp4", "x")
+    with pytest.raises(CatalogError, match=r"a\.zip: folders cannot be listed .*manifest"):
+        catalog.read(f"zip://{inside}::{tmp_path}/a.zip")
+    file = f"zip://d/a.mp4::{tmp_path}/a.zip"
+    assert uris(catalog.read(file)) == [file]
+    storage.stat(file)
+
+
+def test_folders_of_a_server_that_addresses_do_not_name_are_refused(tmp_path):
+    class Server(LocalFileSystem):
+        protocol, host = "server", "media.example"
+
+    fsspec.register_implementation("server", Server, clobber=True)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(CatalogError, match="folders cannot be listed"):
+        catalog.read(f"server://{tmp_path}")
 
 
 def test_a_name_that_is_not_text_keeps_its_bytes_and_shows_escaped(tmp_path):
