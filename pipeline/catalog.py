@@ -191,9 +191,9 @@ def _without_repeats(found: Catalog) -> Catalog:
 
 def _read(source: str) -> Catalog:
     source = storage.absolute(source)
-    fs, path = storage.locate(source)
-    fs.invalidate_cache()
     try:
+        fs, path = storage.locate(source)
+        fs.invalidate_cache()
         if fs.isfile(path):
             if PurePosixPath(path).suffix.lower() in MANIFEST_SUFFIXES:
                 return _manifest(source, fs, path)
