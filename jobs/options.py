@@ -8,8 +8,8 @@ import typer
 Source = Annotated[
     str,
     typer.Argument(
-        help="A file, a folder or prefix, a glob, or a manifest (.parquet, .csv, .jsonl with a "
-        "`uri` column). Local or any fsspec URL, such as s3://bucket/prefix."
+        help="A file, a folder or prefix, a glob, or a manifest (.parquet, .csv, .jsonl, .ndjson "
+        "with a `uri` column). Local or any fsspec URL, such as s3://bucket/prefix."
     ),
 ]
 Output = Annotated[str, typer.Option("--output", "-o", help="Output folder or prefix.")]

@@ -30,9 +30,10 @@ _ROWS_PER_BATCH = 512
 # (changed files, other options) are in frame_scores/ too; the join leaves them out.
 # Sorted and not grouped: DuckDB sorts in bounded memory, while an ordered list for each of a dozen
 # columns costs it 60 kB an item. Each table is read once: they come from readers.
+# A row is named like no column of a manifest can be: SQL would take the column for it.
 _QUERY = """
-SELECT p.* EXCLUDE (code, message, times_s, weights_s), o AS score_row
-FROM plan p LEFT JOIN (FROM frame_scores UNION ALL FROM failures) o USING (unit_id)
+SELECT p.* EXCLUDE (code, message, times_s, weights_s), score_row
+FROM plan p LEFT JOIN (FROM frame_scores UNION ALL FROM failures) score_row USING (unit_id)
 ORDER BY p.uri, p.reference_uri, p.item_id, p.unit_index
 """
 _OUTCOME_COLUMNS = [

@@ -1,13 +1,15 @@
 """What to score: a file, a folder or prefix, a glob, or a manifest. Lists, never opens media."""
 
+import fnmatch
 import hashlib
 import itertools
+import os
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import schemas, storage
 from pipeline.errors import CatalogError
@@ -153,10 +156,10 @@ def _base(source: str) -> str:
     """The folder that the paths of a source's items are counted from."""
     source = storage.absolute(source)
     fs, path = storage.locate(source)
-    if fs.isdir(path):
-        return source
-    whole = source if fs.isfile(path) else re.split(r"[*?\[]", source)[0]
-    return whole.rpartition("/")[0]
+    if fs.isfile(path):
+        return source.rpartition("/")[0]
+    folder = path if fs.isdir(path) else _MAGIC.split(path)[0].rpartition("/")[0]
+    return storage.unstrip(fs, folder)
 
 
 def _with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
@@ -188,17 +191,17 @@ def _without_repeats(found: Catalog) -> Catalog:
 
 def _read(source: str) -> Catalog:
     source = storage.absolute(source)
-    fs, path = storage.locate(source)
-    fs.invalidate_cache()
     try:
+        fs, path = storage.locate(source)
+        fs.invalidate_cache()
         if fs.isfile(path):
             if PurePosixPath(path).suffix.lower() in MANIFEST_SUFFIXES:
                 return _manifest(source, fs, path)
-            return _listed([_Entry(source, True)])
+            return Catalog(_items([_Entry(source, True)]))
         if fs.isdir(path):
-            return _listed(_folder(fs, path), f"{source}: no files in this folder.")
-        if any(c in path for c in "*?["):
-            return _listed(_glob(fs, path), f"{source}: nothing matches.")
+            return _listing(source, fs, _below(fs, [path]), "no files in this folder.")
+        if _MAGIC.search(path):
+            return _listing(source, fs, _glob(fs, path), "nothing matches.")
     except (TopiqError, MemoryError):
         raise
     except Exception as error:  # stores have exceptions of their own
@@ -209,11 +212,18 @@ def _read(source: str) -> Catalog:
     raise CatalogError(f"{source}: no such file, folder, glob or manifest.")
 
 
-def _listed(items: Iterable[_Entry], nothing: str = "") -> Catalog:
-    found = sorted(items, key=lambda entry: entry.address)
+def _listing(source: str, fs: Any, items: Iterable[_Entry], nothing: str) -> Catalog:
+    found = {entry.address: entry for entry in items}  # a glob may lead to one file in two ways
     if not found:
-        raise CatalogError(nothing)
-    return Catalog(_items(found))
+        raise CatalogError(f"{source}: {nothing}")
+    addresses = sorted(found)
+    if not storage.leads_back(fs, addresses[0]):
+        raise CatalogError(
+            f"{source}: folders cannot be listed there, since what is in them has no address of "
+            f"its own ({addresses[0]} names no file). Give a manifest with whole addresses, or "
+            "copy the files."
+        )
+    return Catalog(_items([found[address] for address in addresses]))
 
 
 def _items(entries: list[_Entry]) -> pa.Table:
@@ -246,31 +256,124 @@ def from_bytes(address: bytes) -> str:
     return address.decode("utf-8", "surrogateescape")
 
 
-def _folder(fs: Any, path: str) -> Iterator[_Entry]:
-    """All files below a folder, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
-    for root, folders, files in fs.walk(path, detail=True):
-        for name in [n for n in folders if n.startswith(".")]:
-            del folders[name]
-        for name, info in files.items():
-            if name and not name.startswith(".") and _is_file(fs, info):
-                yield _entry(fs, info.get("name") or posixpath.join(root, name), info)
+def _below(fs: Any, folders: Iterable[str]) -> Iterator[_Entry]:
+    """All files below folders, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
+    for _, entries in _walk(fs, folders):
+        for name, info in entries:
+            if not name.startswith(".") and _is_file(fs, info):
+                yield _entry(fs, info["name"], info)
 
 
 def _glob(fs: Any, path: str) -> Iterator[_Entry]:
-    """What matches, and all files below matching folders; hidden ones only when asked for."""
-    hidden_too = posixpath.basename(path).startswith(".")
-    for match, info in fs.glob(path, detail=True).items():
-        if fs.isdir(match):
-            yield from _folder(fs, match)
-        elif (hidden_too or not posixpath.basename(match).startswith(".")) and _is_file(fs, info):
-            yield _entry(fs, match, info)
+    """What matches, and all files below matching folders.
+
+    What is hidden matches only parts of the pattern that begin with a dot.
+    """
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    places: Iterable[_Place] = [("/".join(parts[:first]) or fs.root_marker, None)]
+    if parts[-1] == "**":
+        parts.append("*")
+    for part in parts[first:-1]:
+        places = _matching_folders(fs, places, part)
+    folders = []
+    for info in _matching(fs, places, parts[-1]):
+        if _is_folder(fs, info):
+            folders.append(info["name"].rstrip("/"))
+        elif _is_file(fs, info):
+            yield _entry(fs, info["name"], info)
+    if parts[-2:] != ["**", "*"]:  # which matches all files below as well
+        yield from _below(fs, folders)
+
+
+_MAGIC = re.compile(r"[*?\[]")
+# Names of what is in a folder, and what the file system tells of each. In an object store a name
+# may be of an object and of a folder.
+_Entries = list[tuple[str, dict[str, Any]]]
+# A folder, with what is in it where that is known.
+_Place = tuple[str, _Entries | None]
+
+
+def _matching_folders(fs: Any, places: Iterable[_Place], part: str) -> Iterable[_Place]:
+    """The folders that a part of a pattern matches in others; `**` is any number of levels."""
+    if part == "**":
+        return _walk(fs, [folder for folder, _ in places])
+    matching = _matching(fs, places, part)
+    return ((info["name"].rstrip("/"), None) for info in matching if _is_folder(fs, info))
+
+
+def _matching(fs: Any, places: Iterable[_Place], part: str) -> Iterator[dict[str, Any]]:
+    """What a part of a pattern matches in folders."""
+    for folder, entries in places:
+        for name, info in entries or _children(fs, folder):
+            hidden = name.startswith(".") and not part.startswith(".")
+            if not hidden and fnmatch.fnmatchcase(name, part):
+                yield info
+
+
+def _walk(fs: Any, folders: Iterable[str]) -> Iterator[tuple[str, _Entries]]:
+    """Folders and all that are below them and not hidden, each once, with what is in it.
+
+    Links to folders are followed after all else: what lies in the tree itself keeps its own path,
+    and links that lead around in a circle end. Not as fsspec's own walk, which follows none and
+    leaves out what it cannot list. Raises CatalogError.
+    """
+    waiting, links, seen = deque[str](), deque[str](), set[str]()
+
+    def wait(folder: str) -> None:
+        (links if _is_link(fs, folder) else waiting).append(folder)
+
+    for folder in folders:
+        wait(folder)
+    while waiting or links:
+        folder = (waiting or links).popleft()
+        real = os.path.realpath(folder) if isinstance(fs, LocalFileSystem) else folder
+        if real in seen:
+            continue
+        seen.add(real)
+        entries = _children(fs, folder)
+        yield folder, entries
+        for name, info in entries:
+            if not name.startswith(".") and _is_folder(fs, info):
+                wait(info["name"].rstrip("/"))
+
+
+def _children(fs: Any, folder: str) -> _Entries:
+    """What is in a folder; nothing when there is no such folder (any more). Raises CatalogError."""
+    try:
+        listing = fs.ls(folder, detail=True)
+    except FileNotFoundError:
+        return []
+    except MemoryError:
+        raise
+    except Exception as error:  # stores have exceptions of their own
+        reason = str(error) or type(error).__name__
+        raise CatalogError(
+            f"{storage.unstrip(fs, folder)}: this folder cannot be listed ({reason}), and what is "
+            "in it would be missing. Check the rights there; if the store was busy, try again."
+        ) from error
+    own = folder.rstrip("/")  # some list the folder itself, and a file as what is in it
+    paths = ((info["name"].rstrip("/"), info) for info in listing)
+    return sorted(
+        ((path.rpartition("/")[2], info) for path, info in paths if path != own),
+        key=lambda entry: entry[0],
+    )
+
+
+def _is_link(fs: Any, folder: str) -> bool:
+    return isinstance(fs, LocalFileSystem) and Path(folder).is_symlink()
+
+
+def _is_folder(fs: Any, info: dict[str, Any]) -> bool:
+    """Also what is a link to one."""
+    return info["type"] == "directory" or bool(info.get("islink") and fs.isdir(info["name"]))
 
 
 def _is_file(fs: Any, info: dict[str, Any]) -> bool:
     """Pipes, sockets and devices are not media, and reading one may never end."""
     if info.get("islink"):
         return bool(fs.isfile(info["name"]))
-    return info.get("type") != "other"
+    return info["type"] not in ("directory", "other")
 
 
 def _entry(fs: Any, path: str, info: dict[str, Any]) -> _Entry:
@@ -355,12 +458,16 @@ def _passing(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+# A row must fit in a block. Small files take no more memory for a large one.
+_BLOCK_BYTES = 256 << 20
+
+
 def _read_table(file: Any, suffix: str) -> pa.Table:
     if suffix == ".parquet":
         return pq.read_table(file)
     if suffix == ".csv":
         return _read_csv(file)
-    return pajson.read_json(file)
+    return pajson.read_json(file, pajson.ReadOptions(block_size=_BLOCK_BYTES))
 
 
 def _read_csv(file: Any) -> pa.Table:
@@ -369,7 +476,9 @@ def _read_csv(file: Any) -> pa.Table:
     So does a column in which nothing stands.
     """
     data = file.read()
-    guessed = pacsv.read_csv(pa.BufferReader(data))
+    read = pacsv.ReadOptions(block_size=_BLOCK_BYTES)
+    parse = pacsv.ParseOptions(newlines_in_values=True)
+    guessed = pacsv.read_csv(pa.BufferReader(data), read, parse)
     doubtful = [
         field.name
         for field in guessed.schema
@@ -384,7 +493,7 @@ def _read_csv(file: Any) -> pa.Table:
         column_types=dict.fromkeys(doubtful, pa.string()),
         strings_can_be_null=True,
     )
-    texts = pacsv.read_csv(pa.BufferReader(data), convert_options=convert)
+    texts = pacsv.read_csv(pa.BufferReader(data), read, parse, convert)
     for name in doubtful:
         index, text = guessed.column_names.index(name), texts[name]
         is_name = pc.any(pc.match_substring_regex(text, _NAME_OF_DIGITS)).as_py()
@@ -408,19 +517,23 @@ def _resolved(uri: str, base: str) -> str:
 
 
 def _extra_names(names: list[str]) -> list[str]:
-    """The manifest's columns under names that no column of ours has."""
+    """The manifest's columns under names that no column of ours has.
+
+    One without a name, as pandas writes its index, becomes `unnamed`: SQL cannot say "".
+    """
     taken = set(COLUMNS.names) | {f"known_{name}" for name in schemas.STATS}
+    given = {name.lower() for name in names}
     out = []
     for name in names:
         if name == "uri":
             continue
+        other = f"manifest_{name}" if name else "unnamed"
         candidates = itertools.chain(
-            (name, f"manifest_{name}"), (f"manifest_{name}_{i}" for i in itertools.count(2))
+            (name or other, other), (f"{other}_{i}" for i in itertools.count(2))
         )
         # Without case: to DuckDB and most SQL engines Score and score are one column.
-        chosen = next(
-            c for c in candidates if c.lower() not in taken and not schemas.is_reserved(c)
-        )
+        used = taken if name else taken | given
+        chosen = next(c for c in candidates if c.lower() not in used and not schemas.is_reserved(c))
         taken.add(chosen.lower())
         out.append(chosen)
     return out

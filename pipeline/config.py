@@ -172,14 +172,14 @@ class Config(BaseModel):
     )
     on_partial: Literal["score", "fail"] = Field(
         default="score",
-        description="What becomes of a unit of which a part is damaged or missing: `score` what "
+        description="What to do with a unit of which a part is damaged or missing: `score` what "
         "there is and mark it `partial`, or `fail` it.",
     )
     units_per_commit: int = Field(
         default=64,
         gt=0,
         description="Most work units written, and lost at worst, at once. Larger: fewer, bigger "
-        "Parquet files.",
+        "Parquet files. Decoded frames of 128 MiB end a commit too, however few units they are of.",
     )
     decode_tasks: int = Field(
         default=0,
@@ -203,7 +203,8 @@ class Config(BaseModel):
         default=8,
         gt=0,
         description="Work units handed to a GPU scorer at once; frames of one size are batched "
-        "across them. Bounds its memory together with unit_bytes.",
+        "across them. Bounds its memory together with unit_bytes. For small pictures, one of which "
+        "is a unit, 64 keeps a GPU busier.",
     )
     object_store_bytes: int = Field(
         default=0,

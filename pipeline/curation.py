@@ -1,5 +1,6 @@
 """Choose items by their scores: a condition over scores/ to a keep-manifest."""
 
+import json
 from pathlib import PurePosixPath
 
 import duckdb
@@ -17,7 +18,8 @@ _SUFFIXES = (".parquet", ".csv", ".jsonl")
 def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, int]:
     """Write the rows of scores/ for which `where` (DuckDB SQL) holds. Returns kept and all.
 
-    The file is replaced in one step. Raises ConfigError (bad SQL or suffix) and OutputError.
+    The file is replaced in one step. Raises ConfigError (bad SQL or suffix, or a column that a CSV
+    cannot hold) and OutputError.
     """
     suffix = PurePosixPath(to).suffix
     if suffix not in _SUFFIXES:
@@ -36,17 +38,45 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
     if folder.startswith(f"{output.url.rstrip('/')}/"):
         raise ConfigError(f"--to {to}: lies among the output's own tables. Name another place.")
     with Output(folder or "/").publish(name) as path:
-        _write(kept, connection, str(path), suffix)
+        if suffix == ".csv":
+            _write_csv(kept, str(path), to)
+        else:
+            _write(kept, connection, str(path), suffix)
     return kept.num_rows, int(total)
 
 
 def _write(kept: pa.Table, connection: duckdb.DuckDBPyConnection, path: str, suffix: str) -> None:
     if suffix == ".parquet":
         pa.parquet.write_table(kept, path, compression="zstd")
-    elif suffix == ".csv":
-        pacsv.write_csv(kept, path)
     else:
         connection.register("kept", kept)
-        lines = connection.execute("SELECT to_json(kept) FROM kept").fetchall()
+        # A row is named like no column can be: SQL would take the column for it.
+        lines = connection.execute("SELECT to_json(score_row) FROM kept score_row").fetchall()
         with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
-            file.writelines(f"{line}\n" for (line,) in lines)
+            file.writelines(f"{_strict(line)}\n" for (line,) in lines)
+
+
+def _strict(line: str) -> str:
+    """DuckDB's JSON with null in the place of NaN and Infinity, which JSON does not have."""
+    if "NaN" not in line and "Infinity" not in line:
+        return line
+    return json.dumps(json.loads(line, parse_constant=lambda _: None), ensure_ascii=False)
+
+
+def _write_csv(kept: pa.Table, path: str, to: str) -> None:
+    try:
+        pacsv.write_csv(kept, path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        refused = ", ".join(name for name in kept.column_names if not _fits_csv(kept, name))
+        raise ConfigError(
+            f"--to {to}: a CSV cannot hold the columns {refused} ({error}). Let the name end in "
+            ".parquet or .jsonl."
+        ) from error
+
+
+def _fits_csv(kept: pa.Table, name: str) -> bool:
+    try:
+        pacsv.write_csv(kept.select([name]), pa.MockOutputStream())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return False
+    return True

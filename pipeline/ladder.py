@@ -77,14 +77,16 @@ class Ladder:
 
 
 # A rendition that was not scaled has the size that was scored. The reference is none itself.
+# No column of a manifest can be named score_rate, as it could be rate.
 _QUERY = """
 SELECT model, reference_uri, uri, codec,
        coalesce(split_part(scaled_from, 'x', 1)::INT, width) AS width,
        coalesce(split_part(scaled_from, 'x', 2)::INT, height) AS height,
-       coalesce(bit_rate, (8 * size_bytes / duration_s)::BIGINT) AS rate, score, psnr_y, ssim
+       coalesce(bit_rate, (8 * size_bytes / duration_s)::BIGINT) AS score_rate,
+       score, psnr_y, ssim
 FROM scores
-WHERE kind = 'video' AND reference_uri IS NOT NULL AND uri <> reference_uri AND rate > 0
-ORDER BY reference_uri, rate, uri
+WHERE kind = 'video' AND reference_uri IS NOT NULL AND uri <> reference_uri AND score_rate > 0
+ORDER BY reference_uri, score_rate, uri
 """
 
 

@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import OutputError
+from pipeline.errors import ConfigError, OutputError
 from pipeline.storage import absolute, join, locate
 
 # How the names of files begin that are not complete yet.
@@ -28,11 +28,12 @@ def database() -> duckdb.DuckDBPyConnection:
 
 
 class Output:
-    """The output folder: a URL that all workers can reach."""
+    """The output folder: a URL that all workers can reach. Raises ConfigError and OutputError."""
 
     def __init__(self, url: str) -> None:
         self.url = absolute(url)
-        self.fs, self.path = locate(self.url)
+        with _reported(self.url, "be used"):
+            self.fs, self.path = locate(self.url)
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def create(self) -> None:
@@ -170,7 +171,7 @@ def _reported(place: str, doing: str) -> Iterator[None]:
     """What the body's store says becomes an OutputError; it may be any kind of exception."""
     try:
         yield
-    except (OutputError, MemoryError):
+    except (ConfigError, OutputError, MemoryError):
         raise
     except Exception as error:
         raise _refused(place, doing, error) from error

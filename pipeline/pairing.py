@@ -56,12 +56,15 @@ class References:
         return (self.file or self.root) is not None
 
     def pair(self, distorted: Sequence[str], references: Sequence[str], base: str) -> list[Pairing]:
-        """Pair items below the folder `base` with the files below the root."""
+        """Pair items below the folder `base` with the files below the root.
+
+        All are named as listings name them: s3:// also where the option says s3a://.
+        """
         if self.pattern is not None:
             key = pattern_key(self.pattern)
             return pair_by_key(distorted, references, key, key)
-        root = path_key(storage.absolute(self.root or ""))
-        return pair_by_key(distorted, references, path_key(base), root)
+        root = storage.unstrip(*storage.locate(storage.absolute(self.root or "")))
+        return pair_by_key(distorted, references, path_key(base), path_key(root))
 
 
 def path_key(root: str) -> Key:

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import (
     AccessDenied,
+    ConfigError,
     MediaError,
     NotFound,
     StorageError,
@@ -104,9 +105,29 @@ def _without_secret(parameter: re.Match[str]) -> str:
 
 
 def locate(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL or local path, and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(url)
+    """The fsspec file system of a URL or local path, and the path inside it.
+
+    Raises ConfigError for a scheme that is unknown, or whose package is not installed.
+    """
+    if "://" not in url:  # also with a `::`, which chains URLs
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = _EXTRAS.get(url.split("://")[0])
+        what = f"Install it: pip install -e '.[{extra}]'" if extra else str(error).rstrip(".")
+        raise ConfigError(f"{url}: what reads this is not installed. {what}.") from error
+    except ValueError as error:
+        if "Protocol not known" not in str(error):
+            raise
+        raise ConfigError(
+            f"{url}: no store is known by this scheme ({error}). Check the address."
+        ) from error
     return fs, str(path)
+
+
+# Which extra of ours installs what reads a scheme.
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
 
 def is_local(url: str) -> bool:
@@ -129,6 +150,20 @@ def join(base: str, *parts: str) -> str:
 def unstrip(fs: Any, path: str) -> str:
     """The full address of a path as a file system lists it: a bare path when local."""
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def leads_back(fs: Any, address: str) -> bool:
+    """Whether an address that `unstrip` gave can be read by itself.
+
+    It cannot where the server or the archive is no part of paths, as with ftp:// and zip://.
+    """
+    if (host := getattr(fs, "host", None)) and str(host) not in address:
+        return False
+    try:
+        again, path = locate(address)
+        return bool(again == fs or again.exists(path))
+    except Exception:  # of any kind, from a file system that is opened with too little
+        return False
 
 
 def stat_from_info(info: dict[str, Any]) -> Stat:
@@ -260,6 +295,8 @@ def _media_error(url: str, error: Exception) -> MediaError:
         return NotFound(f"{url}: no such file or object.")
     if isinstance(told, PermissionError) or status in (401, 403):
         return AccessDenied(f"{url}: reading is not permitted. Check its access rights.")
+    if isinstance(told, ConfigError):
+        return StorageError(str(told))
     reason = str(told) or type(told).__name__
     # s3fs reports SlowDown, ServiceUnavailable and their like as EBUSY.
     if getattr(told, "errno", None) == errno.EBUSY or status in (429, 503):

@@ -81,6 +81,8 @@ def test_all_scored_exits_with_0_and_says_where(tmp_path, folder):
         (["score", "HERE", "-o", "OUT", "--model", "topiq_xl"], "topiq_xl"),
         (["score", "HERE", "-o", "OUT", "--set", "colour=red"], "colour"),
         (["score", "HERE", "-o", "OUT", "--model", "topiq_nr", "--weights", "/gone.pth"], "gone"),
+        (["score", "foo://bar", "-o", "OUT"], "foo://bar"),
+        (["score", "HERE", "-o", "foo://bar"], "foo://bar"),
         (["filter", "OUT", "--where", "true", "--to", "OUT/keep.txt"], "keep.txt"),
         (["aggregate", "OUT"], "topiq score"),
         (["score", "HERE", "-o", "OUT", "--set", "a=["], "YAML"),

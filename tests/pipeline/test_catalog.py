@@ -1,15 +1,24 @@
+import http.server
 import json
 import os
 import string
+import threading
+import urllib.parse
+import zipfile
 
+import fsspec
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import catalog, schemas
+from pipeline import catalog, schemas, storage
 from pipeline.errors import CatalogError
+from pipeline.pairing import References
 
 
 def uris(found):
@@ -35,6 +44,125 @@ def test_a_glob_takes_what_matches(folder):
     assert uris(catalog.read(f"{folder}/**/*.mkv")) == [str(folder / "sub/c.mkv")]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*", ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv", "sub/sub/e.mp4")),
+        ("**", ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv", "sub/sub/e.mp4")),
+        ("**/*", ("a.jpg", "b.mp4", "notes.txt", "sub/c.mkv", "sub/sub/e.mp4")),
+        ("**/*.mp4", ("b.mp4", "sub/sub/e.mp4")),
+        ("**/s*", ("sub/c.mkv", "sub/sub/e.mp4")),
+        ("**/sub/**/*.m*", ("sub/c.mkv", "sub/sub/e.mp4")),
+        ("s?b/[!x]*", ("sub/c.mkv", "sub/sub/e.mp4")),
+        ("*/sub/e.mp4", ("sub/sub/e.mp4",)),
+        (".*", (".git/d.mp4", ".hidden.mp4")),
+        ("**/.*", (".git/d.mp4", ".hidden.mp4", "sub/.e.mp4")),
+        (".git/*", (".git/d.mp4",)),
+        (".g*/**/*.mp4", (".git/d.mp4",)),
+    ],
+)
+def test_a_glob_takes_each_file_once_and_hidden_ones_when_a_dot_asks(folder, pattern, names):
+    for name in ("sub/sub/e.mp4", "sub/.e.mp4"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    found = catalog.read(f"{folder}/{pattern}")
+    assert uris(found) == sorted(str(folder / name) for name in names)
+    assert found.duplicates == 0
+
+
+class Guarded(LocalFileSystem):
+    """Does not let one folder be listed."""
+
+    protocol = "guarded"
+
+    def ls(self, path, detail=False, **kwargs):
+        if path.endswith("/open/shut"):
+            raise PermissionError("An error occurred (403): Forbidden")
+        return super().ls(path, detail=detail, **kwargs)
+
+
+@pytest.mark.parametrize("source", ["", "/*", "/**/*.mp4", "/*/*/*.mp4", "/op*"])
+def test_a_folder_that_cannot_be_listed_is_an_error_that_names_it(tmp_path, source):
+    fsspec.register_implementation("guarded", Guarded, clobber=True)
+    (tmp_path / "open/shut").mkdir(parents=True)
+    for name in ("a.mp4", "open/b.mp4", "open/shut/c.mp4"):
+        (tmp_path / name).touch()
+    with pytest.raises(CatalogError, match=rf"{tmp_path}/open/shut: .* listed .*403.*rights"):
+        catalog.read(f"guarded://{tmp_path}{source}")
+    # What a pattern does not lead into need not be listed.
+    found = catalog.read(f"guarded://{tmp_path}/op*/b.mp4")
+    assert uris(found) == [str(tmp_path / "open/b.mp4")]
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """Lists a bucket as S3 does, but for what lies below `shut/`."""
+
+    keys = ("both", "both/a.mp4", "open/b.mp4", "open/shut/c.mp4", "clips/a.mp4", "masters/a.mov")
+
+    def do_GET(self):
+        asked = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        prefix = asked.get("prefix", [""])[0]
+        if prefix.endswith("shut/"):
+            self.answer(403, "<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
+            return
+        below = [key.removeprefix(prefix) for key in self.keys if key.startswith(prefix)]
+        files = [f"<Contents><Key>{prefix}{k}</Key><Size>1</Size></Contents>" for k in below
+                 if "/" not in k]  # fmt: skip
+        folders = {k.split("/")[0] for k in below if "/" in k}
+        named = [f"<CommonPrefixes><Prefix>{prefix}{f}/</Prefix></CommonPrefixes>" for f in folders]
+        self.answer(200, f"<ListBucketResult>{''.join(files + named)}</ListBucketResult>")
+
+    def do_HEAD(self):
+        self.answer(200 if self.path.split("/", 2)[-1] in self.keys else 404, "")
+
+    def answer(self, status, text):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["bucket", "bucket/open/", "bucket/**/*.mp4", "bucket/o*"])
+def test_a_prefix_that_cannot_be_listed_is_an_error_that_names_it(source):
+    with pytest.raises(CatalogError, match=r"s3://bucket/open/shut: .* listed .*No\..*rights"):
+        catalog.read(f"s3://{source}")
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["b*", "b*/*", "both*"])
+def test_a_name_may_be_of_an_object_and_of_a_folder(source):
+    found = uris(catalog.read(f"s3://bucket/{source}"))
+    assert found[-1] == "s3://bucket/both/a.mp4"
+    assert found[:-1] == ([] if "/" in source else ["s3://bucket/both"])
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["clips/", "clips/*"])
+def test_references_are_found_whichever_name_of_a_scheme_is_given(source):
+    references = References(root="s3a://bucket/masters")
+    found = catalog.read_pairs(f"s3a://bucket/{source}", references).table
+    assert found["uri"].to_pylist() == ["s3://bucket/clips/a.mp4"]
+    assert found["reference_uri"].to_pylist() == ["s3://bucket/masters/a.mov"]
+
+
 def test_links_to_files_are_files_and_pipes_are_not(folder):
     (folder / "sub/link.mp4").symlink_to(folder / "b.mp4")
     (folder / "sub/dangling.mp4").symlink_to(folder / "gone.mp4")
@@ -43,6 +171,22 @@ def test_links_to_files_are_files_and_pipes_are_not(folder):
     expected = [str(folder / "sub" / name) for name in ("c.mkv", "link.mp4")]
     assert uris(catalog.read(str(folder / "sub"))) == expected
     assert uris(catalog.read(f"{folder}/sub/*")) == expected
+
+
+@pytest.mark.parametrize("source", ["", "/*", "/**", "/**/*.mp4", "/**/[a-z]*"])
+def test_links_to_folders_are_followed_and_each_folder_is_listed_once(tmp_path, source):
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    for name in ("tree/real/a.mp4", "elsewhere/b.mp4", "elsewhere/.git/c.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tree / "again").symlink_to(tree / "real")  # its name comes first, and yields to the folder's
+    (tree / "out").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tree)
+    (tree / "real/up").symlink_to("..")
+    (tree / ".hidden").symlink_to(elsewhere / ".git")
+    (tree / "dangling").symlink_to(tmp_path / "gone")
+    found = catalog.read(f"{tree}{source}")
+    assert uris(found) == [f"{tree}/out/b.mp4", f"{tree}/real/a.mp4"]
 
 
 def test_one_file_is_a_catalog(folder):
@@ -104,6 +248,33 @@ def test_no_column_of_a_manifest_collides_with_ours(tmp_path):
     ]  # fmt: skip
 
 
+def test_columns_without_a_name_are_given_one(tmp_path):
+    (tmp_path / "a.csv").write_text(",uri,mos,\n0,a.mp4,3,x\n1,b.mp4,4,y\n")
+    (tmp_path / "b.csv").write_text(",Unnamed,uri\n0,u,a.mp4\n")
+    found = catalog.read(str(tmp_path / "a.csv"))
+    assert [field.name for field in found.extras] == ["unnamed", "mos", "unnamed_2"]
+    assert found.table["unnamed_2"].to_pylist() == ["x", "y"]
+    found = catalog.read(str(tmp_path / "b.csv"))
+    assert [field.name for field in found.extras] == ["unnamed_2", "Unnamed"]
+
+
+def test_line_breaks_in_the_fields_of_a_long_csv_are_data(tmp_path):
+    captions = [f"line {n}\n" * 200 for n in range(2000)]
+    table = pd.DataFrame({"uri": [f"{n}.mp4" for n in range(2000)], "n": 7, "caption": captions})
+    table.to_csv(tmp_path / "list.csv", index=False)
+    assert (tmp_path / "list.csv").stat().st_size > 2 << 20
+    found = catalog.read(str(tmp_path / "list.csv")).table
+    assert found["caption"].to_pylist() == captions
+    assert found["n"].to_pylist() == [7] * 2000
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_row_may_be_longer_than_a_megabyte(tmp_path, suffix):
+    rows = [{"uri": "a.mp4", "note": "x" * (3 << 20)}, {"uri": "b.mp4", "note": "y"}]
+    found = catalog.read(write_manifest(tmp_path / f"list.{suffix}", rows))
+    assert [len(note) for note in found.table["note"].to_pylist()] == [3 << 20, 1]
+
+
 def test_an_item_named_twice_is_one_item_and_counted(tmp_path):
     rows = [{"uri": "a.mp4", "n": 1}, {"uri": "b.mp4", "n": 2}, {"uri": "./a.mp4", "n": 3}]
     found = catalog.read(write_manifest(tmp_path / "list.csv", rows))
@@ -129,12 +300,31 @@ def test_a_broken_manifest_is_refused_by_name(tmp_path):
 
 
 def test_any_fsspec_url_can_be_listed():
-    import fsspec
-
     fs = fsspec.filesystem("memory")
     for name in ("/cat/x.mp4", "/cat/deep/y.jpg"):
         fs.pipe(name, b"x")
     assert uris(catalog.read("memory://cat")) == ["memory:///cat/deep/y.jpg", "memory:///cat/x.mp4"]
+
+
+@pytest.mark.parametrize("inside", ["d", "d/*", "**/*.mp4"])
+def test_folders_whose_files_have_no_address_of_their_own_are_refused(tmp_path, inside):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("d/a.mp4", "x")
+    with pytest.raises(CatalogError, match=r"a\.zip: folders cannot be listed .*manifest"):
+        catalog.read(f"zip://{inside}::{tmp_path}/a.zip")
+    file = f"zip://d/a.mp4::{tmp_path}/a.zip"
+    assert uris(catalog.read(file)) == [file]
+    storage.stat(file)
+
+
+def test_folders_of_a_server_that_addresses_do_not_name_are_refused(tmp_path):
+    class Server(LocalFileSystem):
+        protocol, host = "server", "media.example"
+
+    fsspec.register_implementation("server", Server, clobber=True)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(CatalogError, match="folders cannot be listed"):
+        catalog.read(f"server://{tmp_path}")
 
 
 def test_a_name_that_is_not_text_keeps_its_bytes_and_shows_escaped(tmp_path):
@@ -146,7 +336,7 @@ def test_a_name_that_is_not_text_keeps_its_bytes_and_shows_escaped(tmp_path):
     assert os.path.exists(catalog.from_bytes(address))  # noqa: PTH110
 
 
-names = st.text(string.printable, min_size=1, max_size=30).filter(lambda s: s.strip() == s != "uri")
+names = st.text(string.printable, max_size=30).filter(lambda s: s.strip() == s != "uri")
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
 
 

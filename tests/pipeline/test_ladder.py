@@ -1,10 +1,12 @@
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import ladder
+from pipeline import ladder, schemas
 from pipeline.ladder import Ladder, Rendition
+from pipeline.output import Output
 
 
 def rendition(rate, score, codec="h264"):
@@ -58,3 +60,19 @@ def test_a_bd_rate_that_cannot_be_told_is_none():
 def test_a_rendition_that_is_worse_with_more_bits_is_left_out_of_a_curve():
     curve = [rendition(100, 0.1), rendition(200, 0.3), rendition(300, 0.2), rendition(400, 0.4)]
     assert [r.bit_rate for r in Ladder("ref", curve).of_codec("h264")] == [100, 200, 400]
+
+
+def test_a_column_of_the_manifest_is_not_taken_for_the_bit_rate(tmp_path):
+    schema = schemas.scores((), [pa.field("rate", pa.string())])
+    common = dict.fromkeys(("n_frames", "n_units", "n_units_failed", "n_missing"), 1)
+    common |= {"partial": False, "model": "m", "kind": "video", "reference_uri": "/ref.mov"}
+    rows = [
+        {**common, "item_id": uri, "uri": uri, "codec": "h264", "width": 64, "height": 36}
+        | {"bit_rate": bits, "score": bits / 1000, "rate": "24 fps"}
+        for uri, bits in (("/a.mp4", 400), ("/b.mp4", 100))
+    ]
+    output = Output(str(tmp_path / "out"))
+    with output.parquet_writer(schema, "scores", "m.parquet") as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    _, (found,) = ladder.read(output, None)
+    assert [r.bit_rate for r in found.renditions] == [100, 400]

@@ -1,5 +1,6 @@
 import random
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +65,17 @@ def test_paths_count_from_the_folder_that_a_source_names(tmp_path, source, refer
     pairs = dict(zip(*(found.table[c].to_pylist() for c in ("uri", "reference_uri")), strict=True))
     item = str(tmp_path / "out [x]/show/a.mp4")
     assert pairs[item] == str(tmp_path / "ref" / reference)
+
+
+@pytest.mark.parametrize("source", ["x/out", "x/out/", "x/out/*", "x/out/s*/a.mp4", "x/o*/show"])
+def test_paths_count_from_a_root_whose_listing_is_written_otherwise(source):
+    """Listings say memory:///folder for memory://folder, as they say s3:// for s3a://."""
+    fs = fsspec.filesystem("memory")
+    for name in ("/x/out/show/a.mp4", "/masters/show/a.mov", "/masters/out/show/a.mov"):
+        fs.pipe(name, b"x")
+    found = catalog.read_pairs(f"memory://{source}", References(root="memory://masters/"))
+    folder = "/masters/out/show" if "o*" in source else "/masters/show"
+    assert found.table["reference_uri"].to_pylist() == [f"memory://{folder}/a.mov"]
 
 
 def test_options_that_contradict_each_other_are_refused():

@@ -330,12 +330,14 @@ def test_units_of_one_item_are_pooled_together(tmp_path, clips, all_frames):
 def test_columns_of_the_manifest_come_out_beside_the_scores(tmp_path, clips):
     manifest = tmp_path / "list.csv"
     manifest.write_text(
-        f"uri,split,score\n{clips['h264.mp4']},train,5\n{tmp_path}/gone.mp4,test,1\n"
+        f",uri,split,score,O,p\n7,{clips['h264.mp4']},train,5,6,\n8,{tmp_path}/gone.mp4,test,1,2,\n"
     )
-    summary, _ = score_into(manifest, tmp_path / "out", sample="uniform:1")
-    (row,) = rows(tmp_path / "out", "scores")
-    assert (row["split"], row["manifest_score"]) == ("train", 5)
-    assert summary.failed_by_code == {"not_found": 1}
+    for _ in range(2):  # once more with what is known by then
+        summary, _ = score_into(manifest, tmp_path / "out", sample="uniform:1")
+        (row,) = rows(tmp_path / "out", "scores")
+        assert (row["split"], row["manifest_score"], row["unnamed"]) == ("train", 5, 7)
+        assert (row["O"], row["p"]) == (6, None)
+        assert summary.failed_by_code == {"not_found": 1}
 
 
 def test_a_video_that_breaks_off_is_scored_in_part_and_says_so(tmp_path):

@@ -1,6 +1,7 @@
 import contextlib
 import http.server
 import resource
+import sys
 import threading
 
 import pyarrow as pa
@@ -8,8 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline import storage
-from pipeline.errors import AccessDenied, NotFound, OutputError, StorageError, Throttled
+from pipeline import catalog, storage
+from pipeline.errors import (
+    AccessDenied,
+    CatalogError,
+    ConfigError,
+    NotFound,
+    OutputError,
+    StorageError,
+    Throttled,
+)
 from pipeline.media.decode import Limits, decode_at
 from pipeline.media.probe import probe
 from pipeline.media.sample import SampleSpec
@@ -65,6 +74,42 @@ def test_an_absent_file_is_not_found(tmp_path):
             read(str(tmp_path / "gone.mp4"))
     with pytest.raises(NotFound), storage.open_media(str(tmp_path / "gone.mp4")):
         pass
+
+
+UNREADABLE = {
+    "gs://b/a.mp4": r"gs://b/a\.mp4: .* pip install .*\[gcs\]",
+    "az://c/a.mp4": r"az://c/a\.mp4: .* pip install .*\[azure\]",
+    "oss://b/a.mp4": r"oss://b/a\.mp4: .* Install ossfs",
+    "foo://bar": "foo://bar: .* known: foo.* address",
+}
+
+
+@pytest.mark.parametrize("url", UNREADABLE)
+def test_a_scheme_that_nothing_reads_is_an_error_that_says_what_to_install(url, monkeypatch):
+    for package in ("gcsfs", "adlfs", "ossfs"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    for use in (storage.locate, catalog.read, Output):
+        with pytest.raises(ConfigError, match=UNREADABLE[url]):
+            use(url)
+    with pytest.raises(StorageError, match=UNREADABLE[url]):
+        storage.stat(url)
+
+
+def test_a_store_that_cannot_be_opened_is_an_error_that_names_it(tmp_path):
+    url = f"zip://a.mp4::{tmp_path}/gone.zip"
+    with pytest.raises(CatalogError, match=r"gone\.zip: cannot be read"):
+        catalog.read(url)
+    with pytest.raises(OutputError, match=r"gone\.zip: cannot be used"):
+        Output(url)
+
+
+def test_two_colons_in_a_local_name_are_a_part_of_it(tmp_path):
+    file = tmp_path / "x::y.mp4"
+    file.write_bytes(b"pictures")
+    (tmp_path / "list.csv").write_text("uri\nx::y.mp4\n")
+    for source in (file, tmp_path / "list.csv", tmp_path / "x::*"):
+        (address,) = catalog.read(str(source)).table["address"].to_pylist()
+        assert storage.read_head(catalog.from_bytes(address)) == b"pictures"
 
 
 def test_a_forbidden_file_is_access_denied(tmp_path, monkeypatch):
