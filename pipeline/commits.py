@@ -55,9 +55,9 @@ def count_open(output: Output, model: str) -> int:
 
 
 def open_work(output: Output, model: str) -> tuple[int, int]:
-    """Frames, and pixels of frames, of the planned work units that are open."""
+    """Frames, and pixels of frames as the model sees them, of the work units that are open."""
     query = """
-        SELECT sum(len(times_s)), sum(len(times_s) * coded_width::BIGINT * coded_height)
+        SELECT sum(len(times_s)), sum(len(times_s) * scored_pixels)
         FROM plan ANTI JOIN done USING (unit_id) WHERE code IS NULL
     """
     ((frames, pixels),) = _connect(output, model).execute(query).fetchall()

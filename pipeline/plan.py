@@ -41,6 +41,7 @@ from pipeline.monitor import Pulse
 from pipeline.output import Output, database
 from pipeline.storage import Stat
 from pipeline.transient import persistently
+from topiq_core.cards import pixels_seen
 from topiq_core.weights import Weights
 
 T = TypeVar("T")
@@ -119,6 +120,7 @@ def signature(config: Config, fingerprint: str) -> bytes:
         "unit_bytes": config.unit_bytes,
         "limits": [config.max_pixels, config.max_duration_s, config.max_file_bytes],
         "av": importlib.metadata.version("av"),
+        "columns": 2,  # counts up when plans get others
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest().encode()
 
@@ -140,7 +142,8 @@ def run(
     first, *others = weights
     model, scoring = first.card.name, fingerprint(config, first, others)
     sides = tuple(one.card.short_side for one in weights if one.card.short_side is not None)
-    planner = _Planner(config, model, scoring, first.card.architecture.mode == "fr", sides)
+    compares, short_side = first.card.architecture.mode == "fr", first.card.short_side
+    planner = _Planner(config, model, scoring, compares, sides, short_side)
     mark = {_SIGNATURE: signature(config, scoring)}
     schema = pa.schema([*schemas.PLAN, *catalog.extras], metadata=schemas.PLAN.metadata | mark)
     before = _last_plan(output, model, mark[_SIGNATURE])
@@ -349,6 +352,8 @@ class _Planner:
     compares: bool
     short_sides: tuple[int, ...] = ()
     """To which models bring pictures before they look."""
+    short_side: int | None = None
+    """That of the first model."""
 
     @property
     def chunk(self) -> int:
@@ -410,10 +415,13 @@ class _Planner:
             spec = SampleSpec("all")
         samples = plan_samples(spec, found.timeline)
         units = slice_units(samples, found.timeline.keyframe_times, most)
-        common = common | asdict(facts) | asdict(stat)
+        common = common | asdict(facts) | asdict(stat) | {"scored_pixels": self._seen(facts)}
         return [
             self._row(common, len(units), index, unit, (stat,)) for index, unit in enumerate(units)
         ]
+
+    def _seen(self, facts: probe.Facts) -> int:
+        return pixels_seen(facts.coded_height, facts.coded_width, self.short_side)
 
     def _check_enlarged(self, address: str, facts: probe.Facts) -> None:
         """Raises TooLarge for what would be when a model has brought it to its size."""
@@ -460,12 +468,14 @@ class _Planner:
         most = max(1, min(config.unit_frames, config.unit_bytes // frame_bytes))
         units = slice_units(chosen.samples, (), most)
         estimate = offset.estimate
+        scored = against if config.scale_to == "reference" else found
         common = common | asdict(found.facts) | asdict(stat) | {
             "offset_s": None if config.align == "none" else offset.seconds,
             "similarity": estimate and estimate.similarity,
             "confidence": estimate and estimate.confidence,
             "n_matched": chosen.n_matched,
             "n_unmatched": chosen.n_unmatched,
+            "scored_pixels": self._seen(scored.facts),
             "crop": pairs.common_crop(found.facts, against.facts),
             "reference_crop": against.facts.crop,
             **{f"reference_{name}": value for name, value in asdict(reference_stat).items()},

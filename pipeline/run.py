@@ -120,7 +120,8 @@ def _run_steps(run: _Run) -> Summary:
             event("item_failed", uri=uri, code=code, message=message)
         score_seconds = _score(run, shares, planned, monitor)
         counts, *_ = (aggregate.run(run.output, model, run.config.pooling) for model in run.models)
-        found = stages.of_run(run.output, run.run_id, run.model, shares, score_seconds)
+        card = run.weights[0].card
+        found = stages.of_run(run.output, run.run_id, card, shares, score_seconds)
         record["stages"] = {"decode": asdict(found.decode), "score": asdict(found.score)}
         held_up = stages.verdict(found, shares)
         summary = Summary(

@@ -81,6 +81,7 @@ PLAN = _versioned(
         *_ITEM,
         pa.field("unit_index", pa.int32(), nullable=False),
         pa.field("n_units", pa.int32(), nullable=False),
+        pa.field("scored_pixels", pa.int64()),
         pa.field("times_s", pa.list_(pa.float64())),
         pa.field("weights_s", pa.list_(pa.float64())),
         *_FACTS,

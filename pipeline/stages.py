@@ -6,6 +6,7 @@ from typing import Literal
 from pipeline import schemas
 from pipeline.cluster import Shares
 from pipeline.output import Output, database
+from topiq_core.cards import Card
 
 Bottleneck = Literal["decode", "score", "io", "overhead"]
 
@@ -41,28 +42,31 @@ class Stages:
 
 _QUERY = """
 SELECT coalesce(sum(len(score)) FILTER (model = $model), 0)::BIGINT,
-       coalesce(
-           sum(len(score) * frame.width::BIGINT * frame.height) FILTER (model = $model), 0
-       )::BIGINT,
+       coalesce(sum(len(score) * pixels) FILTER (model = $model), 0)::BIGINT,
        coalesce(sum(decode_s), 0),
        coalesce(sum(wait_s), 0),
        coalesce(sum(score_s), 0)
-FROM table_of_run
-WHERE run_id = $run_id
+FROM (
+    SELECT *, frame.width::BIGINT * frame.height
+              * coalesce(($side::DOUBLE / least(frame.width, frame.height)) ** 2, 1) AS pixels
+    FROM table_of_run WHERE run_id = $run_id
+)
 """
 
 
-def of_run(output: Output, run_id: str, model: str, shares: Shares, seconds: float) -> Stages:
+def of_run(output: Output, run_id: str, card: Card, shares: Shares, seconds: float) -> Stages:
     """What the rows that a run wrote in `seconds` of scoring tell of its stages.
 
-    Frames are counted once, by the rows of `model`; the seconds are those of all models.
+    Frames, and their pixels as the model sees them, are counted once, by the rows of the model of
+    `card`; the seconds are those of all models.
     """
     connection = database()
     files = output.parquet_files("frame_scores")
     if files:
         columns = ["run_id", "model", "score", "frame", "decode_s", "wait_s", "score_s"]
         connection.register("table_of_run", output.scan(files, schemas.OUTCOME, columns))
-        found = connection.execute(_QUERY, {"run_id": run_id, "model": model}).fetchall()[0]
+        wanted = {"run_id": run_id, "model": card.name, "side": card.short_side}
+        found = connection.execute(_QUERY, wanted).fetchall()[0]
     else:
         found = (0, 0, 0.0, 0.0, 0.0)
     frames, pixels, decode_s, wait_s, score_s = found

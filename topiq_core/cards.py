@@ -6,6 +6,7 @@ This module does not import torch: planning and the command line need cards, not
 """
 
 import json
+import math
 import re
 import struct
 from dataclasses import asdict, dataclass, field
@@ -106,6 +107,18 @@ class Card:
             raise WeightsError(
                 f"the card inside the weights file is unreadable: {error}"
             ) from error
+
+
+def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width with the shorter side at `short_side`, the longer one truncated."""
+    if height <= width:
+        return short_side, int(short_side * width / height)
+    return int(short_side * height / width), short_side
+
+
+def pixels_seen(height: int, width: int, short_side: int | None) -> int:
+    """Pixels of a frame as a network sees it. short_side: of its card."""
+    return math.prod(resized(height, width, short_side) if short_side else (height, width))
 
 
 def _published(

@@ -1,6 +1,5 @@
 """Scorer: uint8 frames in, scores out."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from topiq_core import agreement
 from topiq_core import weights as weights_file
-from topiq_core.cards import DEFAULT_CARD, Card
+from topiq_core.cards import DEFAULT_CARD, Card, pixels_seen, resized
 from topiq_core.cfanet import CFANet
 from topiq_core.convolution import HAS_AMX, HAS_VNNI
 from topiq_core.errors import CardError, FrameError
@@ -189,9 +188,7 @@ class Scorer:
 
     def _pixels(self, h: int, w: int) -> int:
         """Pixels of a frame, as it is or as the network sees it: the more of both."""
-        side = self.card.short_side
-        seen = (h, w) if side is None else resized(h, w, side)
-        return max(h * w, math.prod(seen))
+        return max(h * w, pixels_seen(h, w, self.card.short_side))
 
     @torch.inference_mode()
     def _forward(
@@ -279,13 +276,6 @@ def _full_fp32() -> Iterator[None]:
 def _fetch(done: tuple[list[int], Tensor], out: Scores) -> None:
     batch, scores = done
     out[batch] = scores.cpu().numpy()
-
-
-def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width with the shorter side at `short_side`, the longer one truncated."""
-    if height <= width:
-        return short_side, int(short_side * width / height)
-    return int(short_side * height / width), short_side
 
 
 def _as_list(frames: Frames) -> list[Tensor]:

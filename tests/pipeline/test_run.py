@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import socket
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import av
 import duckdb
@@ -22,7 +24,7 @@ import torch
 from PIL import Image
 
 from jobs.sample_media import encode, landscape, pan
-from pipeline import aggregate, catalog, cluster, lease, plan, run, schemas, score
+from pipeline import aggregate, catalog, cluster, lease, plan, run, schemas, score, stages
 from pipeline.config import Config
 from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
 from pipeline.output import Output
@@ -206,6 +208,29 @@ def test_the_record_of_the_run_says_what_was_done(scored):
     assert sorted(u.rsplit("/", 1)[1] for u in failed) == sorted(FAILURES)
 
 
+def test_plan_and_stages_count_pixels_as_the_model_sees_them(scored):
+    out, *_ = scored
+    planned = {row["unit_id"]: row["scored_pixels"] for row in rows(out, "plan")}
+    found = rows(out, "frame_scores")
+    form = {row["unit_id"]: (row["frame"]["width"], row["frame"]["height"]) for row in found}
+    assert all(planned[unit_id] == w * h for unit_id, (w, h) in form.items())
+
+    def pixels(short_side):
+        card = replace(weights.resolve(MODEL).card, short_side=short_side)
+        (run_id,) = {row["run_id"] for row in found}
+        shares = cluster.Shares(1, 1.0, 1, 1.0, 0.0, 1, 0.25)
+        score = stages.of_run(Output(str(out)), run_id, card, shares, 1.0).score
+        return score.pixels_per_s * score.seconds
+
+    exact = sum(len(row["score"]) * math.prod(form[row["unit_id"]]) for row in found)
+    assert pixels(None) == pytest.approx(exact, rel=0.01)
+    enlarged = sum(
+        len(row["score"]) * math.prod(form[row["unit_id"]]) * (384 / min(form[row["unit_id"]])) ** 2
+        for row in found
+    )
+    assert pixels(384) == pytest.approx(enlarged, rel=0.01)
+
+
 def test_nothing_but_the_output_is_left_behind(scored):
     out, _, _ = scored
     names = {p.name for p in out.iterdir()}
@@ -383,6 +408,8 @@ def test_what_a_model_would_enlarge_over_the_limit_is_too_large(tmp_path):
     for sides, code in (((), None), ((384,), "too_large")):
         planner = plan._Planner(Config(), MODEL, "", False, sides)
         assert planner(table, schemas.PLAN, None)["code"].to_pylist() == [code]
+    planner = plan._Planner(Config(), MODEL, "", False, (16,), 16)
+    assert planner(table, schemas.PLAN, None)["scored_pixels"].to_pylist() == [4000 * 16]
 
 
 def a_scorer(gpus):

@@ -358,6 +358,12 @@ class QuietServer(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def test_what_is_scaled_to_its_reference_is_planned_for_with_its_pixels(scored):
+    out, _ = scored
+    pixels = {name(r["uri"]): r["scored_pixels"] for r in rows(out, "plan") if r["code"] is None}
+    assert pixels["a_small.mp4"] == pixels["a_20.mkv"] == 160 * 96
+
+
 def test_a_signed_reference_is_not_recorded_and_must_be_given_to_a_retry_again(model, tmp_path):
     tiny, out, secret = tmp_path / "tiny.png", tmp_path / "out", "s3cr3t-s1gnature"
     Image.fromarray(FRAMES[0][:20, :20]).save(tiny)
