@@ -27,6 +27,7 @@ def ladder(
     ladders.require_extra()
     out = Output(output)
     name, found = ladders.read(out, model)
+    ladders.require_codec(anchor, found)
     ladders.write(out, name, found)
     for number, one in enumerate(found):
         typer.echo("\n".join(ladders.lines(one, anchor)) + "\n")

@@ -172,7 +172,7 @@ def _joined(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "n_outcomes": len(outcomes),
         "n_units_failed": sum(o["code"] is not None for o in outcomes),
         "partial": any(o["partial"] or o["code"] is not None for o in outcomes),
-        "n_missing": sum(o["n_missing"] for o in outcomes),
+        "n_missing": sum(o["n_missing"] for o in scored),
         "message": first("message"),
         "form": first("frame"),
         "code": first("code"),

@@ -19,7 +19,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Config
-from pipeline.errors import RunError, ScorersDied, TooManyFailures
+from pipeline.errors import RunError, ScorersDied
 from pipeline.monitor import BEAT_S
 
 # CPUs that a local cluster is said to have beyond the real ones. Ray Data's own stages (reading,
@@ -80,8 +80,11 @@ def connect(config: Config) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        except (ray.exceptions.RayError, ValueError, ConnectionError, RuntimeError) as error:
+            raise RunError(_not_joined(address, error)) from error
         _await_nodes(config)
         return
     memory = int(get_system_memory())
@@ -109,6 +112,19 @@ def connect(config: Config) -> None:
             "when the machine is very busy, try again later."
         ) from error
     _end_idle_servers()
+
+
+def _not_joined(address: str, error: Exception) -> str:
+    if address.startswith("http"):
+        return (
+            f"RAY_ADDRESS {address}: jobs are submitted there. Use `ray job submit --address`, or "
+            "unset RAY_ADDRESS to run on this machine."
+        )
+    said = str(error).strip().partition("\n")[0]
+    advice = "Check that it runs, or unset RAY_ADDRESS to run on this machine."
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        advice = "Set RAY_AUTH_MODE=token, with the token of the cluster in ~/.ray/auth_token."
+    return f"RAY_ADDRESS {address}: this cluster cannot be joined ({said}). {advice}"
 
 
 @contextmanager
@@ -231,8 +247,6 @@ def run_error(error: Exception) -> RunError:
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     text = str(error)
-    if TooManyFailures.__name__ in text:
-        return TooManyFailures("more work units failed than is allowed: the run was stopped.")
     if isinstance(error, ray.exceptions.ActorUnavailableError | ray.exceptions.ActorDiedError):
         return ScorersDied(
             "a scoring process died again and again; most often the machine ran out of memory, or "

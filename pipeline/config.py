@@ -226,10 +226,14 @@ class Config(BaseModel):
         "unit may take to decode and to score, with its `attempts`.",
     )
     fail_on_error: bool = Field(
-        default=False, description="Stop the run at the first item that fails, with exit code 1."
+        default=False,
+        description="Stop the run at the first unit that fails, with exit code 1. What failed is "
+        "in failures/; the same command goes on with the rest.",
     )
     max_failures: int | None = Field(
-        default=None, ge=0, description="Stop the run when more work units than this have failed."
+        default=None,
+        ge=0,
+        description="Stop the run when more work units than this have failed, as fail_on_error.",
     )
 
     @field_validator("pooling", "measures", mode="before")
@@ -288,7 +292,10 @@ class Config(BaseModel):
             fields = {
                 k: v for k, v in fields.items() if k not in ("reference_root", "pair_pattern")
             }
-        settings = [f"--set={name}={json.dumps(value)}" for name, value in fields.items()]
+        settings = [
+            f"--set={name}={json.dumps(value, ensure_ascii=False)}"
+            for name, value in fields.items()
+        ]
         return shlex.join(["topiq", "score", uri, "-o", "replay", *settings])
 
     @property

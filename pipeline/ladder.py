@@ -131,6 +131,15 @@ def _slope(a: Rendition, b: Rendition) -> float:
     return (b.score - a.score) / (b.bit_rate - a.bit_rate) if b.bit_rate > a.bit_rate else 0.0
 
 
+def require_codec(anchor: str | None, ladders: list[Ladder]) -> None:
+    """Raises ConfigError for a codec that no ladder has."""
+    codecs = sorted({codec for ladder in ladders for codec in ladder.codecs})
+    if anchor is not None and anchor not in codecs:
+        raise ConfigError(
+            f"--anchor {anchor}: no rendition is of it. There are {', '.join(codecs)}."
+        )
+
+
 def bd_rates(ladder: Ladder, anchor: str) -> dict[str, float | None]:
     """By codec, its Bjontegaard delta rate against the codec `anchor`, in percent.
 

@@ -28,6 +28,7 @@ class Monitor:
     def __init__(self) -> None:
         self.failures_allowed: int | None = None
         self.progress = Progress()
+        self._failed: set[str] = set()
         self.beats = 0
 
     def allow(self, failures: int | None) -> None:
@@ -47,13 +48,18 @@ class Monitor:
         self.progress.units += units
         self.progress.frames += frames
 
-    def failed(self, uri: str, code: str, message: str) -> bool:
-        """A unit failed. Returns whether the run must stop: more failed than is allowed."""
+    def failed(self, unit_id: str, uri: str, code: str, message: str) -> None:
+        """A unit failed. One that is done again, as after the loss of a node, counts once."""
+        if unit_id in self._failed:
+            return
+        self._failed.add(unit_id)
         self.progress.units += 1
         self.progress.failed[code] += 1
         self.progress.recent_failures.append((uri, code, message))
-        allowed = self.failures_allowed
-        return allowed is not None and self.progress.n_failed > allowed
+
+    def stopped(self) -> bool:
+        """Whether the run must stop: more units have failed than are allowed."""
+        return self.failures_allowed is not None and len(self._failed) > self.failures_allowed
 
     def poll(self) -> Progress:
         """Progress so far; failures are handed out once."""

@@ -288,6 +288,11 @@ def _score(run: _Run, shares: cluster.Shares, planned: plan.PlanCounts, monitor:
     with _watched(monitor, to_do, run.event):
         seconds, _ = _timed(lambda: _score_open(run, shares, to_do, monitor))
     commits.recover(run.output)
+    if ray.get(monitor.stopped.remote()):
+        raise TooManyFailures(
+            f"more work units failed than the {allowed} that are allowed: the run was stopped. "
+            f"See {run.output.url}/failures/; the same command goes on with the rest."
+        )
     return seconds
 
 

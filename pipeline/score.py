@@ -37,7 +37,6 @@ from pipeline.errors import (
     MediaError,
     OutOfMemory,
     RunError,
-    TooManyFailures,
     TooSmall,
 )
 from pipeline.media import guard
@@ -87,7 +86,7 @@ def run(
     monitor: Any,
     run_id: str,
 ) -> None:
-    """Score every planned unit that is not committed yet. Raises TooManyFailures, RunError.
+    """Score every planned unit that is not committed yet. Raises RunError.
 
     weights: of the models, in the order of the options' names; the plan is that of the first.
 
@@ -200,6 +199,8 @@ def decode_units(
 
     addresses: as for `run`; earlier: how often a unit was tried by earlier runs, by unit_id.
     """
+    if stopped(config, monitor):
+        return
     pulse = Pulse(monitor)
     waiting: list[tuple[dict[str, Any], Frames]] = []
     for unit in units.to_pylist():
@@ -213,6 +214,14 @@ def decode_units(
             waiting = []
     if waiting:
         yield _with_frames(waiting)
+
+
+def stopped(config: Config, monitor: Any) -> bool:
+    """Whether more units have failed than are allowed: what is not begun yet stays open then.
+
+    Stages let all that is left pass by: an error would take finished rows along.
+    """
+    return config.failures_allowed is not None and bool(ray.get(monitor.stopped.remote()))
 
 
 # Small units go on together: a table of 40 columns for each costs Ray more than decoding a small
@@ -395,6 +404,8 @@ class ScoreUnits:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Frames of all rows are scored together, so that sizes batch across items."""
+        if stopped(self.config, self.monitor):
+            return
         rows = batch.drop_columns(["frames", "widths", "heights"]).to_pylist()
         views = [list(frames_of(batch, index)) for index in range(batch.num_rows)]
         results = [timed(self._score_rows, scorer, views) for scorer in self.scorers]
@@ -457,11 +468,14 @@ class ScoreUnits:
         done = [len(found) for row, found in zip(rows, scores, strict=True) if row["code"] is None]
         if done:
             self.monitor.scored.remote(len(done), sum(done))
-        for row in rows:
-            if row["code"] is None:
-                continue
-            if ray.get(self.monitor.failed.remote(row["uri"], row["code"], row["message"])):
-                raise TooManyFailures(f"stopped: too many failures, the last {row['message']}")
+        failed = [row for row in rows if row["code"] is not None]
+        # Waited for, so that what comes next knows of them.
+        ray.get(
+            [
+                self.monitor.failed.remote(*(row[n] for n in ("unit_id", "uri", "code", "message")))
+                for row in failed
+            ]
+        )
 
 
 def _try(scorer: "Scorer") -> None:

@@ -71,6 +71,8 @@ def decode_ladders(
     addresses: as for `score.run`, of references by the `item_id` of their URI; earlier: how often
     a unit was tried by earlier runs, by unit_id.
     """
+    if score.stopped(config, monitor):
+        return
     pulse = Pulse(monitor)
     for ladder in ladders["units"].to_pylist():
         for unit in ladder:
@@ -298,6 +300,8 @@ class ScorePairs(score.ScoreUnits):
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """All frames that are compared with one reference frame are scored together."""
+        if score.stopped(self.config, self.monitor):
+            return
         for index in range(batch.num_rows):
             rows = batch["outcomes"][index].as_py()
             pictures = list(score.frames_of(batch, index))

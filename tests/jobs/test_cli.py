@@ -17,7 +17,7 @@ from jobs.sample_media import landscape
 MODEL = "cfanet_lite_nr"
 
 
-def topiq(*args, module=None):
+def topiq(*args, module=None, **environment):
     command = [sys.executable, "-m", f"jobs.{module}" if module else "jobs", *map(str, args)]
     return subprocess.run(
         command,
@@ -25,7 +25,7 @@ def topiq(*args, module=None):
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100", **environment},
     )
 
 
@@ -188,6 +188,20 @@ def test_a_wrong_command_line_is_not_mistaken_for_failed_items():
     done = topiq("score", "--no-such-option")
     assert done.returncode == 1
     assert "no-such-option" in done.stderr
+
+
+def test_the_address_that_jobs_are_submitted_to_is_told_from_that_of_a_cluster(tmp_path, folder):
+    done = topiq("score", folder, "-o", tmp_path / "out", RAY_ADDRESS="http://127.0.0.1:8265")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "ray job submit --address" in done.stderr
+
+
+def test_credentials_in_an_address_are_not_in_the_error(tmp_path):
+    address = "http://127.0.0.1:1/list.csv?X-Amz-Signature=s3cr3t"
+    done = topiq("score", address, "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "X-Amz-Signature=REDACTED" in done.stderr
+    assert "s3cr3t" not in done.stderr
 
 
 def test_help_lists_every_verb():

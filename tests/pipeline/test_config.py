@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,10 @@ def test_an_option_that_changes_pixels_makes_scores_other_scores(option):
 def test_the_reference_page_is_made_from_the_options():
     page = Path(__file__).parents[2] / "docs/configuration.md"
     assert page.read_text() == reference(), "run `make docs`"
+
+
+def test_a_replay_is_read_back_as_it_was_meant():
+    config = load(settings=["reference_root=/m/été 🎬", "sample=fps:2"])
+    *_, root, sample = shlex.split(config.replay("/c/a.mp4"))
+    settings = [setting.removeprefix("--set=") for setting in (root, sample)]
+    assert load(settings=settings) == config

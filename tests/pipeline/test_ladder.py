@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import ladder, schemas
+from pipeline.errors import ConfigError
 from pipeline.ladder import Ladder, Rendition
 from pipeline.output import Output
 
@@ -55,6 +56,14 @@ def test_a_bd_rate_that_cannot_be_told_is_none():
     apart = [rendition(r, 0.1 + r / 10_000) for r in (100, 200, 300, 400)]
     apart += [rendition(r, 0.5 + r / 10_000, "hevc") for r in (100, 200, 300, 400)]
     assert ladder.bd_rates(Ladder("ref", apart), "h264") == {"hevc": None}
+
+
+def test_an_anchor_that_no_ladder_has_is_an_error_with_those_that_there_are():
+    found = [Ladder("ref", [rendition(100, 0.1), rendition(200, 0.3, "hevc")])]
+    ladder.require_codec("hevc", found)
+    ladder.require_codec(None, found)
+    with pytest.raises(ConfigError, match="h265.*h264, hevc"):
+        ladder.require_codec("h265", found)
 
 
 def test_a_rendition_that_is_worse_with_more_bits_is_left_out_of_a_curve():

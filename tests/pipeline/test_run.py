@@ -378,13 +378,22 @@ def test_a_video_that_breaks_off_is_scored_in_part_and_says_so(tmp_path):
 
 
 def test_more_failures_than_allowed_stop_the_run(tmp_path, folder):
-    bad = [folder / n for n in ("half.jpg", "photo.jpg")]
-    (tmp_path / "list.csv").write_text("uri\n" + "\n".join(map(str, bad)) + "\n")
-    with pytest.raises(TooManyFailures):
-        score_into(tmp_path / "list.csv", tmp_path / "out", fail_on_error=True)
-    assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
-    summary, _ = score_into(tmp_path / "list.csv", tmp_path / "out", max_failures=1)
-    assert (summary.scored, summary.failed) == (1, 1)
+    pictures = [folder / "half.jpg", *(tmp_path / f"{index}.jpg" for index in range(11))]
+    for path in pictures[1:]:
+        shutil.copy(folder / "photo.jpg", path)
+    (tmp_path / "list.csv").write_text("uri\n" + "\n".join(map(str, pictures)) + "\n")
+    out = tmp_path / "out"
+    options = {"decode_tasks": 1, "score_actors": 1, "units_per_commit": 1}
+    with pytest.raises(TooManyFailures, match="more work units failed than the 0"):
+        score_into(tmp_path / "list.csv", out, fail_on_error=True, **options)
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    # What stopped it is on record, and what was not begun is open.
+    (failed,) = rows(out, "failures")
+    assert (name_of(failed), failed["stage"]) == ("half.jpg", "decode")
+    summary, _ = score_into(tmp_path / "list.csv", out, fail_on_error=True, **options)
+    assert (summary.scored, summary.failed) == (11, 1)
+    assert 0 < summary.frames_scored <= 11
+    assert len(rows(out, "failures")) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
