@@ -13,9 +13,15 @@ Source = Annotated[
     ),
 ]
 Output = Annotated[str, typer.Option("--output", "-o", help="Output folder or prefix.")]
-Model = Annotated[str | None, typer.Option(help="Card, or a .safetensors file of your own.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Card, or a .safetensors file of your own.", show_default="cfanet_lite_nr"),
+]
 WeightsFile = Annotated[str | None, typer.Option(help="Path or URL of the card's weights.")]
-Sample = Annotated[str | None, typer.Option(help="uniform:N, fps:R, every:K, keyframes or all.")]
+Sample = Annotated[
+    str | None,
+    typer.Option(help="uniform:N, fps:R, every:K, keyframes or all.", show_default="uniform:16"),
+]
 Reference = Annotated[str | None, typer.Option(help="The file that every item is compared with.")]
 ReferenceRoot = Annotated[
     str | None,
@@ -23,7 +29,10 @@ ReferenceRoot = Annotated[
 ]
 Align = Annotated[
     str | None,
-    typer.Option(help="Which frames are compared: pts, auto (find the offset) or none (number)."),
+    typer.Option(
+        help="Which frames are compared: pts, auto (find the offset) or none (number).",
+        show_default="pts",
+    ),
 ]
 Measures = Annotated[
     str | None,

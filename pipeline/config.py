@@ -4,10 +4,9 @@ The command line, YAML files and docs/configuration.md all come from this model.
 """
 
 import json
-import re
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -55,7 +54,7 @@ class Config(BaseModel):
         description="Arithmetic of the network. `fp16` is for GPUs, `bf16` for GPUs and for CPUs "
         "with AMX, `int8` for no-reference models on CPUs with AVX-512 VNNI. All three are refused "
         "for a model that would rank pictures otherwise than in fp32. On GPUs prefer `fp16`: it "
-        "errs less. See docs/operations.md.",
+        "is more exact. See docs/operations.md.",
     )
     sample: str = Field(
         default="uniform:16",
@@ -69,12 +68,12 @@ class Config(BaseModel):
     )
     hdr: Hdr = Field(
         default="tonemap",
-        description="What becomes of HDR video (PQ, HLG): `tonemap` to standard range, marked in "
+        description="What to do with HDR video (PQ, HLG): `tonemap` to standard range, marked in "
         "the `hdr` column, or `refuse`: it fails as `unsupported_colour`. See docs/colour.md.",
     )
     interlaced: Interlaced = Field(
         default="deinterlace",
-        description="What becomes of frames flagged as interlaced: `deinterlace` (bwdif, one "
+        description="What to do with frames flagged as interlaced: `deinterlace` (bwdif, one "
         "picture a frame), or `keep` their two fields woven, and their combing in the score.",
     )
     crop: Crop = Field(
@@ -363,23 +362,56 @@ def _problem(error: Any) -> str:
     return f"{name}: {error['msg']} (got {json.dumps(error['input'], default=str)})"
 
 
+# By the first option of each, in the order of the fields.
+_CHAPTERS = {
+    "model": "Model",
+    "sample": "Frames",
+    "reference": "References",
+    "pooling": "Pooling",
+    "max_pixels": "Limits and sizes of work",
+    "units_per_commit": "Commits and resources",
+    "fail_on_error": "When to stop",
+}
+
+
 def reference() -> str:
     """The text of docs/configuration.md."""
-    rows = []
-    for name, field in Config.model_fields.items():
-        default = field.default
-        shown = ", ".join(default) if isinstance(default, tuple) else default
-        kind = re.sub(r"typing\.|<class '|'>", "", str(field.annotation)).replace("|", "or")
-        shown = (
-            "null" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
-        )
-        rows.append(f"| `{name}` | {kind} | `{shown}` | {field.description} |")
-    head = (
+    text = (
         "# Configuration\n\n"
         "Made from `pipeline/config.py` by `make docs`; do not edit.\n\n"
         "Given by `--config FILE` (YAML), `--set KEY=VALUE` (the value in YAML too), or the flag\n"
         "of the same name where there is one (that of `measures` is `--with`); the later of these\n"
-        "wins. Lists are written `[a, b]` or `a,b`.\n\n"
-        "| option | type | default | what it does |\n|---|---|---|---|\n"
+        "wins. Lists are written `[a, b]` or `a,b`. A file, for example:\n\n"
+        "```yaml\nmodel: cfanet_lite_nr\nsample: fps:2\npooling: [mean, p5, worst_1s]\n```\n"
     )
-    return head + "\n".join(rows) + "\n"
+    for name, field in Config.model_fields.items():
+        if name in _CHAPTERS:
+            text += f"\n## {_CHAPTERS[name]}\n\n"
+            text += "| option | values | default | what it does |\n|---|---|---|---|\n"
+        values, default = _values(field.annotation), _shown(name, field.default)
+        text += f"| `{name}` | {values} | {default} | {field.description} |\n"
+    return text
+
+
+def _values(kind: Any) -> str:
+    """What an option may be, in words."""
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if get_origin(kind) is tuple:
+        return "list"
+    (only,) = parts or (kind,)
+    words = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
+    return words[only]
+
+
+def _shown(name: str, default: Any) -> str:
+    """A default as people read it."""
+    if default is None or default == ():
+        return "none"
+    if isinstance(default, tuple):
+        return f"`{','.join(default)}`"
+    if name.endswith("_bytes") and default:
+        size = f"{default >> 30} GiB" if default >= 1 << 30 else f"{default >> 20} MiB"
+        return f"`{default}` ({size})"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"

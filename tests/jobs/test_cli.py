@@ -68,7 +68,8 @@ def test_json_is_one_object_per_event_and_nothing_else_on_stdout(scored):
 def test_all_scored_exits_with_0_and_says_where(tmp_path, folder):
     done = topiq(folder / "0.png", "--output", tmp_path / "out", module="score")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    (row,) = duckdb.sql(f"FROM '{tmp_path}/out/scores/*.parquet'").to_arrow_table().to_pylist()
+    assert done.stdout == f"{row['score']:.3f}  {folder / '0.png'}\n"
     assert f"scores/{MODEL}.parquet" in done.stderr
     assert "Traceback" not in done.stderr
 
