@@ -49,7 +49,7 @@ class FusedConv(nn.Module):
         self.register_buffer("bias", bias.detach().clone())
         self.weight: Tensor
         self.bias: Tensor
-        self._packed: Tensor | None = None
+        self._packed: dict[bool, Tensor] = {}
         plain_3x3 = (
             like.kernel_size == (3, 3)
             and like.stride == like.padding == like.dilation == (1, 1)
@@ -83,7 +83,7 @@ class FusedConv(nn.Module):
         """Take other weights, of the same shape."""
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = bias
-        self._packed = None
+        self._packed.clear()
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """x [N,C,h,w]; `added`, of the output's shape, is overwritten and returned."""
@@ -116,9 +116,9 @@ class FusedConv(nn.Module):
         product is then summed up where it belongs.
         """
         height, width = x.shape[2:]
-        if self._packed is None:
-            self._packed = self.weight.flip(2, 3)[0].flatten(1).t().contiguous()
-        products = self._packed @ x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
+        if not self._packed:
+            self._packed[False] = self.weight.flip(2, 3)[0].flatten(1).t().contiguous()
+        products = self._packed[False] @ x.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
         return F.fold(products, (height, width), 3, padding=1).add_(self.bias)
 
     def _onednn(self, x: Tensor, added: Tensor | None) -> Tensor:
@@ -135,22 +135,27 @@ class FusedConv(nn.Module):
         return out
 
     def _winograd_of(self, x: Tensor) -> bool:
-        return self._wide_3x3 and x.dtype == torch.float32
+        return self._wide_3x3 and x.dtype == torch.float32 and winograd.pays(x)
 
     def _packed_for(self, x: Tensor) -> Tensor:
         """The weights as a CPU wants them for maps like `x`: laid out at the first call.
 
         Should another shape need another layout, oneDNN makes it at that call: slower, not wrong.
         """
-        if self._packed is None and self._winograd_of(x):
-            self._packed = winograd.transformed(self.weight)
-            self.weight = self.weight.new_empty(0)  # not held twice
-        elif self._packed is None:
-            geometry = (self.padding, self.stride, [1, 1], self.groups)
-            pack = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self._packed = pack(self.weight.to_mkldnn(), *geometry, list(x.shape))  # type: ignore[call-arg]
-            self.weight = self.weight.new_empty(0)  # not held twice
-        return self._packed
+        wide = self._winograd_of(x)
+        if wide not in self._packed:
+            self._packed[wide] = self._laid_out(x, wide)
+            if not self._wide_3x3:
+                self.weight = self.weight.new_empty(0)  # not held twice
+        return self._packed[wide]
+
+    def _laid_out(self, x: Tensor, wide: bool) -> Tensor:
+        if wide:
+            return winograd.transformed(self.weight)
+        geometry = (self.padding, self.stride, [1, 1], self.groups)
+        pack = torch._C._nn.mkldnn_reorder_conv2d_weight
+        packed: Tensor = pack(self.weight.to_mkldnn(), *geometry, list(x.shape))  # type: ignore[call-arg]
+        return packed
 
 
 class Residual(nn.Module):

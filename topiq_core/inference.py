@@ -61,6 +61,7 @@ ON_CPU = Strips(1 << 17, 1 << 15)
 NARROW_ON_CPU = Strips(1 << 19, 1 << 17)  # of maps in 16 or 8 bits
 ON_GPU = Strips(1 << 23, 1 << 23)
 _GATE_MARGIN = 2  # two 3x3 convolutions
+_CACHED = 1 << 18  # numbers that a CPU's caches hold through several steps
 _POSITION_GRIDS = 16  # position embeddings kept, by grid
 
 
@@ -293,11 +294,22 @@ class _GateFR(nn.Module):
         """The maps of a level, one for each image given, to one pooled map."""
 
         def gated(d: Tensor, r: Tensor, inside: slice) -> tuple[Tensor, list[Tensor]]:
-            # In fp32 always: a 16-bit float cannot hold the square.
-            error = (d.float() - r).square_().add_(1e-12).sqrt_().to(d.dtype)
+            error = _error(d, r)
             return self.gate(error)[:, :, inside], [x[:, :, inside] for x in (d, r, error)]
 
         return _pooled(gated, sides, grid, positions)
+
+
+def _error(d: Tensor, r: Tensor) -> Tensor:
+    """|d - r|, never zero, [N,C,h,w]; fp32 within, as 16-bit floats cannot hold the square."""
+    if not d.is_cpu or d.dtype != torch.float32:
+        return (d.float() - r).square_().add_(1e-12).sqrt_().to(d.dtype)
+    error = torch.empty_like(d)
+    for start, end in _strips(d, _CACHED // d.shape[1], 1):
+        part = error[:, :, start:end]
+        torch.sub(d[:, :, start:end], r[:, :, start:end], out=part)
+        part.square_().add_(1e-12).sqrt_()
+    return error
 
 
 def _gate_tail(gate: nn.Sequential) -> tuple[FusedConv, FusedConv]:
@@ -328,7 +340,10 @@ def _pooled(
         parts = [x[:, :, top : end + _GATE_MARGIN] for x in sides]
         gate, maps = gated(*parts, slice(start - top, end - top))
         strips.append([_by_columns(x, gate, grid[1]) if shrinks else x * gate for x in maps])
-    whole = [torch.cat(parts, dim=2) for parts in zip(*strips, strict=True)]
+    whole = [
+        torch.cat(parts, dim=2) if len(strips) > 1 else parts[0]
+        for parts in zip(*strips, strict=True)
+    ]
     if shrinks:
         whole = [F.adaptive_avg_pool2d(x, grid) for x in whole]
     return torch.cat(whole, dim=1)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from topiq_core import winograd
 from topiq_core.convolution import FusedConv
 
 ACTIVATIONS = {
@@ -43,3 +44,17 @@ def test_a_sum_is_taken_before_the_activation():
         expected = F.relu(norm(conv(x)) + added)
         out = FusedConv.of(conv, norm, "relu")(x, added.clone())
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_wide_convolution_is_that_of_pytorch_on_small_maps_and_on_large_ones_in_turn():
+    torch.manual_seed(5)
+    channels = winograd.LEAST_CHANNELS
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    ours = FusedConv.of(conv, None, "relu")
+    sizes = [(4, 5), (40, 33), (12, 16), (40, 33), (4, 5)]
+    maps = [torch.randn(1, channels, *size) for size in sizes]
+    assert [winograd.pays(x) for x in maps] == [False, True, False, True, False]
+    with torch.inference_mode():
+        for x in maps:
+            found = ours(x.to(memory_format=torch.channels_last))
+            torch.testing.assert_close(found, F.relu(conv(x)), atol=5e-4, rtol=1e-4)

@@ -153,13 +153,17 @@ def test_frames_stay_as_they_are_while_the_child_decodes_other_files(guard, clip
 def test_one_child_serves_many_files_and_leaks_no_files(guard, clips):
     decode(guard, clips["h264.mp4"])
     child, me = child_of(guard), psutil.Process()
+    # The child lets go of its frames after it has answered: one more may be open for a time.
     before = (child.num_fds(), me.num_fds())
     for _ in range(20):
         decode(guard, clips["h264.mp4"])
         with pytest.raises(MediaError):
             decode(guard, clips["h264.mp4"].parent / "absent.mp4")
     assert child_of(guard).pid == child.pid
-    assert (child.num_fds(), me.num_fds()) == before
+    until = time.monotonic() + 10
+    while (now := (child.num_fds(), me.num_fds())) != before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert all(after <= first for after, first in zip(now, before, strict=True))
 
 
 def test_a_file_that_hangs_the_decoder_times_out_and_the_next_is_decoded(guard, clips, hanging):
