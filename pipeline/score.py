@@ -197,7 +197,8 @@ def decode_units(
 ) -> Iterator[pa.Table]:
     """One row of frames, or of failure, for each planned unit.
 
-    addresses: as for `run`; earlier: how often a unit was tried by earlier runs, by unit_id.
+    addresses: as for `run`; earlier: how often a unit was tried by earlier runs, by unit_id;
+    monitor: hears of each unit, None when nobody listens.
     """
     if stopped(config, monitor):
         return

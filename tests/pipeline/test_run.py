@@ -1,7 +1,5 @@
 """Whole runs on real media, with a real Ray."""
 
-import functools
-import http.server
 import json
 import math
 import multiprocessing
@@ -22,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from web import serving
 
 from jobs.sample_media import encode, landscape, pan
 from pipeline import aggregate, catalog, cluster, lease, plan, run, schemas, score, stages
@@ -523,24 +522,13 @@ def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips, monk
         run.retry(str(out), ["decode_eror"], Recorder())
 
 
-class QuietServer(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and prints nothing."""
-
-    def log_message(self, *_):
-        pass
-
-
 def test_credentials_of_signed_addresses_are_nowhere_in_what_a_run_leaves(tmp_path, clips, capfd):
-    serve = functools.partial(QuietServer, directory=str(clips["h264.mp4"].parent))
     secret = "s3cr3t-s1gnature"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_port}"
+    with serving(clips["h264.mp4"].parent) as base:
         names = ("h264.mp4", "vp9.webm", "gone.mp4")
         lines = [f"{base}/{name}?v=1&X-Amz-Signature={secret},ref.mp4" for name in names]
         (tmp_path / "list.csv").write_text("\n".join(["uri,reference_uri", *lines]) + "\n")
         summary, events = score_into(tmp_path / "list.csv", tmp_path / "out", sample="uniform:1")
-        server.shutdown()
     assert (summary.scored, summary.failed_by_code) == (2, {"not_found": 1})
     (failed,) = rows(tmp_path / "out", "failures")
     assert "ref.mp4" not in failed["replay"]  # the model takes none

@@ -1,9 +1,6 @@
 """Whole runs with a model that compares: real files, a real Ray."""
 
-import functools
-import http.server
 import json
-import threading
 from collections import Counter
 
 import duckdb
@@ -13,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
+from web import serving
 
 from jobs import cli
 from jobs.sample_media import encode, landscape, pan
@@ -351,13 +349,6 @@ def test_what_one_of_two_models_cannot_score_neither_scores(model, tmp_path):
     assert run.retry(str(out), ["too_small"], lambda *_, **__: None).failed == 1
 
 
-class QuietServer(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and prints nothing."""
-
-    def log_message(self, *_):
-        pass
-
-
 def test_what_is_scaled_to_its_reference_is_planned_for_with_its_pixels(scored):
     out, _ = scored
     pixels = {name(r["uri"]): r["scored_pixels"] for r in rows(out, "plan") if r["code"] is None}
@@ -367,12 +358,9 @@ def test_what_is_scaled_to_its_reference_is_planned_for_with_its_pixels(scored):
 def test_a_signed_reference_is_not_recorded_and_must_be_given_to_a_retry_again(model, tmp_path):
     tiny, out, secret = tmp_path / "tiny.png", tmp_path / "out", "s3cr3t-s1gnature"
     Image.fromarray(FRAMES[0][:20, :20]).save(tiny)
-    serve = functools.partial(QuietServer, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        signed = f"http://127.0.0.1:{server.server_port}/tiny.png?X-Amz-Signature={secret}"
+    with serving(tmp_path) as base:
+        signed = f"{base}/tiny.png?X-Amz-Signature={secret}"
         assert score(tiny, out, model=model, reference=signed).failed_by_code == {"too_small": 1}
-        server.shutdown()
     assert secret not in (out / "run.json").read_text()
     with pytest.raises(ConfigError, match=r"reference http.*REDACTED.*--set reference="):
         run.retry(str(out), [], lambda *_, **__: None)
