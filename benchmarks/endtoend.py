@@ -2,11 +2,13 @@
 
     python benchmarks/endtoend.py [--rounds N] [--model CARD] [--weights FILE] [--json FILE]
 
-In turn, on one catalog: decoding alone (the decode stage in as many processes as a run has),
-scoring alone (the frames in memory, as many scorers with as many threads as a run has), and a whole
-run. Of the run, the time of scoring counts, in which both stages work; starting Ray and planning do
-not. On a machine without a GPU both stages share the CPUs, so the best that a run can do there is
-the harmonic sum of the two, which is printed as well.
+In turn, on one catalog: a whole run, decoding alone (the decode stage in as many processes as a run
+has), and scoring alone (the frames in memory, as many scorers with as many threads as a run has).
+Machines get faster and slower within the minutes of a run, so scoring alone is measured before and
+after each, for half a minute or so, and is the mean of both. Of the run, the time of scoring
+counts, in which both stages work; starting Ray and planning do not, starting scorers does. On a
+machine without a GPU both stages share the CPUs, so the best that a run can do there is the
+harmonic sum of the two, which is printed as well.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -77,10 +80,11 @@ frames = np.random.default_rng(0).integers(0, 256, (16, 720, 1280, 3), np.uint8)
 scorer.score(frames[:2])
 print("ready", flush=True)
 input()
-started = time.perf_counter()
-for _ in range(2):
+started, done = time.perf_counter(), 0
+while time.perf_counter() - started < 30:
     scorer.score(frames)
-print(2 * len(frames) / (time.perf_counter() - started))
+    done += len(frames)
+print(done / (time.perf_counter() - started))
 """
 
 
@@ -106,7 +110,7 @@ def score_only(model: str, weights: str | None, threads: int, scorers: int) -> f
 
 def whole(
     source: Path, out: Path, model: str, weights: str | None, scorers: int | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The record of a run, in a process of its own."""
     command = [
         sys.executable, "-m", "jobs.score", str(source), "-o", str(out), "--sample", SAMPLE,
@@ -117,7 +121,7 @@ def whole(
     if weights:
         command += ["--weights", weights, "--set", "verify_weights=false"]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    found: dict[str, object] = json.loads((out / "run.json").read_text())
+    found: dict[str, Any] = json.loads((out / "run.json").read_text())
     return found
 
 
@@ -125,7 +129,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--clips", type=int, default=12)
+    parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--model", default="cfanet_lite_nr")
     parser.add_argument("--weights")
@@ -136,18 +140,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = clips(folder / "clips", options.clips, options.seconds)
+        first = clips(folder / "first", 1, FPS)  # a short run tells how runs share this machine
+        record = whole(first, folder / "out", options.model, options.weights, options.scorers)
+        shares = record["cluster"]
+        alone = options.model, options.weights, shares["threads"], shares["score_actors"]
+        before = score_only(*alone)
         for index in range(options.rounds):
             out = folder / f"out{index}"
             record = whole(source, out, options.model, options.weights, options.scorers)
-            shares, summary = record["cluster"], record["summary"]
-            workers, threads = shares["decode_tasks"], shares["threads"]  # type: ignore[index]
-            scorers = shares["score_actors"]  # type: ignore[index]
+            after = score_only(*alone)
             (plan,) = (out / "plan").iterdir()
             found = {
-                "run": summary["frames_per_s"],  # type: ignore[index]
-                "decode": decode_only(plan, workers),
-                "score": score_only(options.model, options.weights, threads, scorers),
+                "run": record["summary"]["frames_per_s"],
+                "decode": decode_only(plan, shares["decode_tasks"]),
+                "score": (before + after) / 2,
             }
+            before = after
             found["ratio"] = found["run"] / min(found["decode"], found["score"])
             both = 1 / (1 / found["decode"] + 1 / found["score"])
             found["ratio_to_harmonic_sum"] = found["run"] / both

@@ -15,8 +15,9 @@ network as we compute it, counted on shapes alone; a GPU's rates are measured fi
 of matrices and one copy. There a call takes `--passes` batches, so that uploads overlap as they do
 in a run, and `plain`, which has TF32 in its convolutions as PyTorch has by default, is joined by
 `plain-ieee`, which has none and which scores are compared with. `+compile` is torch.compile with
-CUDA graphs. Needs topiq_core, torch,
-numpy and safetensors only; pyiqa, if asked for, is run in the environment it is installed in.
+CUDA graphs; `+steps` is without cuDNN's kernels for a convolution, sum and ReLU in one. Needs
+topiq_core, torch, numpy and safetensors only; pyiqa, if asked for, is run in the environment it is
+installed in.
 """
 
 import argparse
@@ -107,15 +108,16 @@ def contender(options: argparse.Namespace) -> Score:
         torch.backends.cudnn.allow_tf32 = False
     if name in PLAIN:
         return plain(options)
-    precision, _, compiled = name.partition("+")
-    return ours(options, precision, bool(compiled))
+    precision, _, way = name.partition("+")
+    return ours(options, precision, way)
 
 
 PLAIN = "plain", "plain-ieee"
 
 
-def ours(options: argparse.Namespace, precision: Any, compiled: bool) -> Score:
+def ours(options: argparse.Namespace, precision: Any, way: str) -> Score:
     from topiq_core import weights
+    from topiq_core.convolution import FusedConv
     from topiq_core.scorer import Scorer
 
     found = weights.resolve(options.card, options.weights, verify=False)
@@ -123,8 +125,12 @@ def ours(options: argparse.Namespace, precision: Any, compiled: bool) -> Score:
     device = torch.device(options.device)
     card = dataclasses.replace(found.card, calibration=None)  # the plain network has none
     scorer = Scorer(weights.load(found), card, device, precision=precision)
-    if compiled:
+    if way == "compile":
         scorer.net.compile(mode="reduce-overhead", dynamic=False)
+    if way == "steps":
+        for module in scorer.net.modules():
+            if isinstance(module, FusedConv):
+                module.by_cudnn = False
 
     def score(distorted: np.ndarray, reference: np.ndarray) -> np.ndarray:
         scorer.batch_pixels = options.batch * distorted[0].size // 3

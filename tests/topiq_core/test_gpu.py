@@ -7,6 +7,7 @@ from golden.parameters import TOLERANCE, fill, noisy, picture, scores
 
 from topiq_core.cards import PUBLISHED
 from topiq_core.cfanet import CFANet
+from topiq_core.convolution import FusedConv
 from topiq_core.scorer import Scorer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -15,9 +16,10 @@ SIZES = [(64, 64), (480, 640), (64, 64), (640, 480), (64, 64), (480, 640), (97, 
 FRAMES = [picture(seed, *size) for seed, size in enumerate(SIZES)]
 
 
-def on_gpu(name):
+def on_gpu(name, precision="fp32"):
     card = PUBLISHED[name]
-    return Scorer(fill(CFANet(card.architecture)), card, torch.device("cuda"))
+    net = fill(CFANet(card.architecture))
+    return Scorer(net, card, torch.device("cuda"), precision=precision)
 
 
 @pytest.mark.parametrize("name", sorted(scores()))
@@ -51,6 +53,23 @@ def test_a_gpu_scores_as_a_cpu_does_whatever_the_batch(name, precision):
     on_gpu.batch_pixels = 1
     alone = score[1](*given)
     assert np.abs(found - alone).max() <= bound
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_sums_and_activations_within_a_kernel_change_no_score(precision):
+    scorer = on_gpu("topiq_nr", precision)
+    whole = scorer.score(FRAMES)
+    convolutions = [m for m in scorer.net.modules() if isinstance(m, FusedConv) and m.by_cudnn]
+    if torch.version.cuda:
+        # All of ResNet-50's with a ReLU after them but the first: none fell back.
+        assert len(convolutions) == 48
+    for convolution in convolutions:
+        convolution.by_cudnn = False
+    in_steps = scorer.score(FRAMES)
+    exact = on_gpu("topiq_nr").score(FRAMES)
+    bound = {"fp16": 5e-3, "bf16": 3e-2}[precision]
+    assert np.abs(whole - exact).max() <= bound
+    assert np.abs(in_steps - exact).max() <= bound
 
 
 def test_renditions_score_as_their_pairs_do_on_a_gpu():
