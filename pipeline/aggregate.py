@@ -21,7 +21,7 @@ import pyarrow.dataset as pads
 
 from pipeline import plan as plan_step
 from pipeline import pooling, schemas
-from pipeline.errors import ConfigError, OutputError, RunError
+from pipeline.errors import ConfigError, LostUnits, OutputError, RunError
 from pipeline.output import Output, database
 
 _ROWS_PER_BATCH = 512
@@ -62,7 +62,14 @@ class Counts:
 
 
 def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
-    """Rebuild scores/ for a model. Raises OutputError (no plan) and RunError (units lost)."""
+    """Rebuild scores/ for a model. Raises OutputError (no plan, or a damaged table) and RunError
+    (units lost).
+    """
+    with output.reading():
+        return _run(output, model, names)
+
+
+def _run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
     connection = _connect(output, model)
     extras = [f for f in _plan(output, model).schema if f.name not in schemas.PLAN.names]
     schema = schemas.scores(names, extras)
@@ -78,9 +85,10 @@ def run(output: Output, model: str, names: tuple[str, ...]) -> Counts:
                 row["score_model_se"] = errors.get(row["run_id"])
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         if counts.lost_units:
-            raise RunError(
+            raise LostUnits(
                 f"{counts.lost_units} planned work units are neither scored nor failed: the run "
-                "did not finish. The same command goes on where it stopped."
+                "did not finish, or tables of it were removed. The command of the run goes on "
+                "with them."
             )
         if counts.repeated_units:
             raise RunError(
@@ -98,7 +106,13 @@ def _model_errors(output: Output, model: str) -> dict[str, float | None]:
     """By run, how far the model is off by what its card said then."""
     out: dict[str, float | None] = {}
     for path in output.files("*.json", "runs"):
-        record = json.loads(output.fs.read_text(path, encoding="utf-8"))
+        try:
+            record = json.loads(output.fs.read_text(path, encoding="utf-8"))
+        except ValueError as error:
+            raise OutputError(
+                f"{path}: this record of a run is damaged. Remove it: `score_model_se` of what "
+                "that run scored is null then."
+            ) from error
         for weights in (record["weights"], *record.get("companions", ())):
             if weights["model"] == model:
                 out[record["run_id"]] = weights.get(MODEL_ERROR)

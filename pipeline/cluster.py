@@ -2,15 +2,18 @@
 
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.data
+import tenacity
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 from ray.autoscaler.sdk import request_resources
@@ -82,8 +85,9 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := os.environ.get("RAY_ADDRESS"):
         try:
+            _await_head(address)
             ray.init(logging_level=logging.WARNING, log_to_driver=False)
-        except (ray.exceptions.RayError, ValueError, ConnectionError, RuntimeError) as error:
+        except (ray.exceptions.RayError, ValueError, OSError, RuntimeError) as error:
             raise RunError(_not_joined(address, error)) from error
         _await_nodes(config)
         return
@@ -112,6 +116,25 @@ def connect(config: Config) -> None:
             "when the machine is very busy, try again later."
         ) from error
     _end_idle_servers()
+
+
+def _await_head(address: str) -> None:
+    """Wait until a head node listens at HOST:PORT, for a while: Ray alone would take minutes.
+
+    Raises OSError when none does.
+    """
+    if "://" in address or (port := urlsplit(f"//{address}").port) is None:
+        return
+    host = urlsplit(f"//{address}").hostname
+    tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError),
+        stop=tenacity.stop_after_delay(_HEAD_PATIENCE_S),
+        wait=tenacity.wait_fixed(1),
+        reraise=True,
+    )(lambda: socket.create_connection((host, port), timeout=10).close())
+
+
+_HEAD_PATIENCE_S = 30  # it may be about to start
 
 
 def _not_joined(address: str, error: Exception) -> str:

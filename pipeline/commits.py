@@ -85,18 +85,35 @@ def reopen(output: Output, model: str, codes: Collection[str]) -> int:
         QUALIFY row_number() OVER (PARTITION BY unit_id ORDER BY finished_at DESC) = 1
             AND list_contains(?, code)
     """
-    found = _connect(output, model).execute(query, [sorted(codes)]).fetchall()
-    chosen = pa.array([unit_id for (unit_id,) in found], pa.string())
-    for path in _committed(output) if found else []:
+    return _taken_out(output, _connect(output, model).execute(query, [sorted(codes)]))
+
+
+def reopen_lost(output: Output, model: str) -> int:
+    """Make units open again that count as done but have no row, as tables were removed.
+
+    Returns how many. As `reopen`, it can be repeated.
+    """
+    query = """
+        SELECT unit_id FROM plan SEMI JOIN done USING (unit_id)
+        ANTI JOIN frame_scores USING (unit_id) ANTI JOIN failures USING (unit_id)
+    """
+    return _taken_out(output, _connect(output, model).execute(query))
+
+
+def _taken_out(output: Output, found: duckdb.DuckDBPyConnection) -> int:
+    """Take units out of the commits: those that a query has found."""
+    ids = [unit_id for (unit_id,) in found.fetchall()]
+    chosen = pa.array(ids, pa.string())
+    for path in _committed(output) if ids else []:
         with output.fs.open(path, "rb") as file:
-            ids = pq.read_table(file)
-        kept = ids.filter(pc.invert(pc.is_in(ids["unit_id"], chosen)))
-        if kept.num_rows == ids.num_rows:
+            table = pq.read_table(file)
+        kept = table.filter(pc.invert(pc.is_in(table["unit_id"], chosen)))
+        if kept.num_rows == table.num_rows:
             continue
         name = path.rsplit("/", 1)[-1]
         with output.publish(FOLDER, name) as partial:
             pq.write_table(kept, partial)
-    return len(found)
+    return len(ids)
 
 
 def _committed(output: Output) -> list[str]:

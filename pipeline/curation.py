@@ -26,11 +26,12 @@ def keep(output: Output, where: str, to: str, model: str | None) -> tuple[int, i
         raise ConfigError(f"--to {to}: the name must end in {', '.join(_SUFFIXES)}.")
     # Not `output.database()`: conditions could read what lies in its folder for large sorts.
     connection = duckdb.connect()
-    connection.register("scores", aggregate.scores(output, model))
-    connection.execute("SET enable_external_access = false")
     try:
-        query = f"SELECT * FROM scores WHERE ({where}\n) ORDER BY uri"
-        kept = connection.sql(query).to_arrow_table()
+        with output.reading("scores"):
+            connection.register("scores", aggregate.scores(output, model))
+            connection.execute("SET enable_external_access = false")
+            query = f"SELECT * FROM scores WHERE ({where}\n) ORDER BY uri"
+            kept = connection.sql(query).to_arrow_table()
     except duckdb.Error as error:
         raise ConfigError(f"--where: {str(error).splitlines()[0]}") from error
     total = connection.execute("SELECT count(*) FROM scores").fetchall()[0][0]

@@ -35,6 +35,12 @@ class TooManyFailures(RunError):
     code = "too_many_failures"
 
 
+class LostUnits(RunError):
+    """Planned work units have neither scores nor a failure."""
+
+    code = "lost_units"
+
+
 class ScorersDied(RunError):
     """Scoring processes died more often than is tried again, or their node went away."""
 

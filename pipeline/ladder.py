@@ -96,8 +96,9 @@ def read(output: Output, model: str | None) -> tuple[str, list[Ladder]]:
     Raises OutputError when there are none, and ConfigError when a model must be chosen.
     """
     connection = database()
-    connection.register("scores", aggregate.scores(output, model))
-    rows = connection.execute(_QUERY).fetchall()
+    with output.reading("scores"):
+        connection.register("scores", aggregate.scores(output, model))
+        rows = connection.execute(_QUERY).fetchall()
     if not rows:
         raise OutputError(
             f"{output.url}: no videos were compared with a reference there. See "

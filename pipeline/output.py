@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError, OutputError
 from pipeline.storage import absolute, join, locate
+from topiq_core.errors import TopiqError
 
 # How the names of files begin that are not complete yet.
 _PARTIAL = ".partial-"
+# The folders of Parquet files.
+_TABLES = ("plan", "_checkpoint", "frame_scores", "failures", "scores")
 
 
 def database() -> duckdb.DuckDBPyConnection:
@@ -98,6 +102,34 @@ class Output:
         return dataset.scanner(columns=columns, cache_metadata=False).to_reader()
 
     @contextlib.contextmanager
+    def reading(self, *folders: str) -> Iterator[None]:
+        """When a damaged table is why the body fails, the error is an OutputError that names it.
+
+        Arrow and DuckDB say in many ways what is wrong with a file, and not always with which one:
+        after an error that is not one of ours the tables in `folders`, or all, are read to find it.
+        """
+        try:
+            yield
+        except (TopiqError, MemoryError):
+            raise
+        except Exception:
+            for path in itertools.chain(*map(self.parquet_files, folders or _TABLES)):
+                self._require_whole(path)
+            raise
+
+    def _require_whole(self, path: str) -> None:
+        try:
+            with self.fs.open(path, "rb") as file:
+                for _ in pq.ParquetFile(file).iter_batches():
+                    pass
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise OutputError(
+                f"{self.url}{path.removeprefix(self.path)}: this table cannot be read ({reason}). "
+                "If it is damaged, remove it: the command of the run makes again what was in it."
+            ) from error
+
+    @contextlib.contextmanager
     def publish(self, *parts: str) -> Iterator[Path]:
         """A local path to write to; what is there at the end replaces the target in one step.
 
@@ -115,11 +147,14 @@ class Output:
             yield partial
             if self.local:
                 partial.chmod(0o644)
+                _flush(partial)
                 partial.replace(target)
             else:
                 with _reported(shown, "be written"):
                     self.fs.put_file(str(partial), target)
         except OSError as error:
+            if error.errno is None:  # of a library, on what the body read
+                raise
             raise _refused(shown, "be written", error) from error
         finally:
             if partial is not None:
@@ -158,6 +193,12 @@ class _ObjectStore(pafs.FSSpecHandler):  # type: ignore[misc]
 
     def create_dir(self, path: str, recursive: bool) -> None:
         """Nothing: a name needs no folder."""
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a name that outlives a power failure must not outlive its content."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _without_folders(fs: Any) -> bool:

@@ -30,7 +30,14 @@ from pipeline import (
     storage,
 )
 from pipeline.config import Config, load, parsed
-from pipeline.errors import BY_CODE, ConfigError, OutputError, ScorersDied, TooManyFailures
+from pipeline.errors import (
+    BY_CODE,
+    ConfigError,
+    LostUnits,
+    OutputError,
+    ScorersDied,
+    TooManyFailures,
+)
 from pipeline.monitor import Monitor
 from pipeline.output import Output
 from pipeline.stages import Bottleneck
@@ -107,41 +114,8 @@ def _run_steps(run: _Run) -> Summary:
     record = _new_record(run)
     _write_record(run.output, record)
     try:
-        cluster.connect(run.config)
-        monitor = cluster.beside_driver(Monitor).remote()
-        seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config), monitor))
-        # Frames are brought to the size of references, which the plan does not have.
-        largest = None if run.compares else planned.largest_pixels
-        shares = cluster.shares(run.config, largest)
-        record["cluster"] = asdict(shares)
-        record["plan"] = asdict(planned) | {"seconds": seconds}
-        event("planned", **record["plan"])
-        for uri, code, message in aggregate.planning_failures(run.output, run.model):
-            event("item_failed", uri=uri, code=code, message=message)
-        score_seconds = _score(run, shares, planned, monitor)
-        counts, *_ = (aggregate.run(run.output, model, run.config.pooling) for model in run.models)
-        card = run.weights[0].card
-        found = stages.of_run(run.output, run.run_id, card, shares, score_seconds)
-        record["stages"] = {"decode": asdict(found.decode), "score": asdict(found.score)}
-        held_up = stages.verdict(found, shares)
-        summary = Summary(
-            run_id=run.run_id,
-            output=run.output.url,
-            model=",".join(run.models),
-            items=counts.items,
-            scored=counts.scored,
-            partial=counts.partial,
-            failed=counts.failed,
-            failed_by_code=dict(counts.failed_by_code.most_common()),
-            skipped=planned.skipped,
-            duplicates=planned.duplicates,
-            frames=counts.frames,
-            frames_scored=found.frames,
-            seconds=round(time.monotonic() - started, 2),
-            frames_per_s=round(found.frames / score_seconds, 2) if found.frames else None,
-            bottleneck=held_up[0] if held_up else None,
-            advice=held_up[1] if held_up else None,
-        )
+        with run.output.reading():
+            summary = _scored(run, record, started)
     except lease.Lost:
         raise  # run.json is the other run's now
     except BaseException as error:
@@ -154,6 +128,49 @@ def _run_steps(run: _Run) -> Summary:
     _write_record(run.output, record)
     event("finished", **asdict(summary))
     return summary
+
+
+def _scored(run: _Run, record: dict[str, Any], started: float) -> Summary:
+    """Plan, score and aggregate. What is found out goes into the record."""
+    cluster.connect(run.config)
+    monitor = cluster.beside_driver(Monitor).remote()
+    seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config), monitor))
+    # Frames are brought to the size of references, which the plan does not have.
+    largest = None if run.compares else planned.largest_pixels
+    shares = cluster.shares(run.config, largest)
+    record["cluster"] = asdict(shares)
+    record["plan"] = asdict(planned) | {"seconds": seconds}
+    run.event("planned", **record["plan"])
+    for uri, code, message in aggregate.planning_failures(run.output, run.model):
+        run.event("item_failed", uri=uri, code=code, message=message)
+    score_seconds = _score(run, shares, planned, monitor)
+    try:
+        counts, *_ = (aggregate.run(run.output, model, run.config.pooling) for model in run.models)
+    except LostUnits:
+        commits.reopen_lost(run.output, run.model)
+        raise
+    card = run.weights[0].card
+    found = stages.of_run(run.output, run.run_id, card, shares, score_seconds)
+    record["stages"] = {"decode": asdict(found.decode), "score": asdict(found.score)}
+    held_up = stages.verdict(found, shares)
+    return Summary(
+        run_id=run.run_id,
+        output=run.output.url,
+        model=",".join(run.models),
+        items=counts.items,
+        scored=counts.scored,
+        partial=counts.partial,
+        failed=counts.failed,
+        failed_by_code=dict(counts.failed_by_code.most_common()),
+        skipped=planned.skipped,
+        duplicates=planned.duplicates,
+        frames=counts.frames,
+        frames_scored=found.frames,
+        seconds=round(time.monotonic() - started, 2),
+        frames_per_s=round(found.frames / score_seconds, 2) if found.frames else None,
+        bottleneck=held_up[0] if held_up else None,
+        advice=held_up[1] if held_up else None,
+    )
 
 
 def plan_catalog(
@@ -170,8 +187,9 @@ def plan_catalog(
             _write_record(run.output, record)
         cluster.connect(run.config)
         monitor = cluster.beside_driver(Monitor).remote()
-        planned = _plan(run, cluster.shares(run.config), monitor)
-        left = commits.open_work(run.output, run.model)
+        with run.output.reading():
+            planned = _plan(run, cluster.shares(run.config), monitor)
+            left = commits.open_work(run.output, run.model)
     event("planned", **asdict(planned))
     return planned, left
 
@@ -190,7 +208,9 @@ def retry(
     as `KEY=VALUE` in place of the recorded ones.
     """
     output = Output(out)
-    record = _last_record(output)
+    record = _last_record(output) or {}
+    if "source" not in record:
+        raise OutputError(f"{output.url}: no run in it to go on with. Run `topiq score` first.")
     source = source or record["source"]
     config = load(settings=settings, recorded=record["config"])
     lost = sorted(set(record.get("options_redacted", ())) - set(parsed(settings)))
@@ -206,21 +226,38 @@ def retry(
         raise ConfigError(f"no such failure code: {unknown[0]}. There are {', '.join(BY_CODE)}.")
     run = _open(source, out, config, event)
     with lease.held(output, run.run_id):
-        reopened = commits.reopen(output, run.model, codes or BY_CODE)
+        with output.reading():
+            reopened = commits.reopen(output, run.model, codes or BY_CODE)
         event("reopened", units=reopened)
         return _run_steps(run)
 
 
-def _last_record(output: Output) -> dict[str, Any]:
-    """run.json. Raises OutputError when there is none of a scoring run."""
+def _last_record(output: Output) -> dict[str, Any] | None:
+    """run.json, or where that is damaged the newest of runs/. None when nothing was ever run.
+
+    Raises OutputError when none of them can be read.
+    """
     text = output.read_text("run.json")
-    try:
-        record: dict[str, Any] = json.loads(text or "{}")
-    except ValueError as error:
-        raise OutputError(f"{output.url}/run.json is damaged: give the whole command.") from error
-    if "source" not in record:
-        raise OutputError(f"{output.url}: no run in it to go on with. Run `topiq score` first.")
-    return record
+    if text is None:
+        return None
+    if found := _parsed(text):
+        return found
+    for path in reversed(output.files("*.json", "runs")):
+        if found := _parsed(output.read_text("runs", path.rpartition("/")[2]) or ""):
+            return found
+    raise OutputError(
+        f"{output.url}/run.json is damaged, and there is no copy of it in runs/. Name another "
+        "folder."
+    )
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A record, or None when it is damaged."""
+    with suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict) and "schema_version" in found:
+            return found
+    return None
 
 
 def _open(source: str, out: str, config: Config, event: Event) -> _Run:
@@ -400,8 +437,8 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _refuse_foreign(output: Output) -> None:
     """Do not mix into a folder that holds something else, or tables of another schema."""
-    text = output.read_text("run.json")
-    if text is None:
+    record = _last_record(output)
+    if record is None:
         strange = sorted(n for n in output.names() if not n.startswith(".") and n != lease.FILE)
         if strange:
             raise OutputError(
@@ -409,10 +446,7 @@ def _refuse_foreign(output: Output) -> None:
                 "Name a new or empty folder."
             )
         return
-    try:
-        version = json.loads(text)["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{output.url}/run.json is damaged. Name another folder.") from error
+    version = record["schema_version"]
     if version != schemas.SCHEMA_VERSION:
         raise OutputError(
             f"{output.url}: written with schema {version}, this is {schemas.SCHEMA_VERSION}. "

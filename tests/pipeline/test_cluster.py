@@ -1,6 +1,7 @@
 """What a cluster that we start exposes."""
 
 import os
+import socket
 import subprocess
 import sys
 from ipaddress import ip_address
@@ -39,6 +40,18 @@ except RunError as error:
 """
 
 
+NOBODY = """
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.errors import RunError
+cluster._HEAD_PATIENCE_S = 1
+try:
+    cluster.connect(Config())
+except RunError as error:
+    print(error)
+"""
+
+
 FAMILY = """
 import os
 from contextlib import suppress
@@ -65,9 +78,9 @@ for process in psutil.Process().children(recursive=True):
 """
 
 
-def run(program):
+def run(program, **variables):
     """What a program prints in a process that has started no Ray, as the tests' own may have."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=True,
@@ -98,6 +111,14 @@ def test_an_object_store_larger_than_the_memory_is_refused_before_anything_start
     started, message = run(TOO_LARGE).split(maxsplit=1)
     assert started == "False"
     assert "Lower object_store_bytes" in message
+
+
+def test_an_address_where_no_cluster_listens_is_said_soon():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    message = run(NOBODY, RAY_ADDRESS=address)
+    assert message.startswith(f"RAY_ADDRESS {address}: this cluster cannot be joined")
+    assert "unset RAY_ADDRESS" in message
 
 
 def is_loopback(text):

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import catalog, curation, schemas
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, OutputError
 from pipeline.output import Output
 
 
@@ -34,6 +34,13 @@ def test_a_column_that_a_csv_cannot_hold_is_refused_by_name(tmp_path):
     assert curation.keep(output, "n = 2", str(tmp_path / "keep.parquet"), None) == (1, 2)
     found = catalog.read(str(tmp_path / "keep.parquet")).table
     assert found["box"].to_pylist() == [{"left": 2}]
+
+
+def test_damaged_scores_are_named_and_not_taken_for_a_wrong_condition(tmp_path):
+    output = scored(tmp_path, n=[1, 2])
+    (tmp_path / "out/scores/m.parquet").write_bytes(b"PAR1")
+    with pytest.raises(OutputError, match=r"scores/m\.parquet: .* remove it"):
+        curation.keep(output, "n = 2", str(tmp_path / "keep.csv"), None)
 
 
 def test_what_json_has_no_number_for_is_null(tmp_path):

@@ -25,7 +25,14 @@ from web import serving
 from jobs.sample_media import encode, landscape, pan
 from pipeline import aggregate, catalog, cluster, lease, plan, run, schemas, score, stages
 from pipeline.config import Config
-from pipeline.errors import CatalogError, ConfigError, OutputError, RunError, TooManyFailures
+from pipeline.errors import (
+    CatalogError,
+    ConfigError,
+    LostUnits,
+    OutputError,
+    RunError,
+    TooManyFailures,
+)
 from pipeline.output import Output
 from pipeline.pooling import DEFAULT_POOLING
 from topiq_core import cards, weights
@@ -486,6 +493,33 @@ def test_a_half_written_file_of_a_killed_run_is_cleaned_up(tmp_path, clips):
     assert summary.frames_scored == 2
     assert [r["score"] for r in rows(out, "scores")] == [r["score"] for r in scores]
     assert not [p for p in out.rglob("*") if "pending" in p.name]
+
+
+def test_a_damaged_table_is_named_and_what_was_in_it_is_made_again(tmp_path):
+    """As a power failure leaves files."""
+    folder, out = tmp_path / "catalog", tmp_path / "out"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(landscape(64, 64, seed=index)).save(folder / f"{index}.png")
+    first, _ = score_into(folder, out)
+    scores = {name_of(r): r["score"] for r in rows(out, "scores")}
+    table, *others = sorted((out / "frame_scores").iterdir())
+    lost = pq.read_table(table, columns=["unit_id"])
+    (out / "run.json").write_text("")
+    for damaged in (out / f"plan/{MODEL}.parquet", table):
+        os.truncate(damaged, 100)
+        with pytest.raises(OutputError, match=damaged.name):
+            score_into(folder, out)
+        damaged.unlink()
+    # As when its rows had been written, and committed, together with others that are still there.
+    committed = out / "_checkpoint" / others[0].name.replace("-0.parquet", ".parquet")
+    ids = pq.read_table(committed)
+    pq.write_table(pa.concat_tables([ids, lost.cast(ids.schema)]), committed)
+    with pytest.raises(LostUnits, match=f"^{lost.num_rows} planned work units"):
+        score_into(folder, out)
+    again, _ = score_into(folder, out)
+    assert (first.scored, again.scored, again.frames_scored) == (3, 3, lost.num_rows)
+    assert {name_of(r): r["score"] for r in rows(out, "scores")} == scores
 
 
 def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips, monkeypatch):
