@@ -22,8 +22,8 @@ from topiq_core.errors import TopiqError
 
 # How the names of files begin that are not complete yet.
 _PARTIAL = ".partial-"
-# The folders of Parquet files.
-_TABLES = ("plan", "_checkpoint", "frame_scores", "failures", "scores")
+# The folders of Parquet files that runs read.
+_TABLES = ("plan", "_checkpoint", "frame_scores", "failures")
 
 
 def database() -> duckdb.DuckDBPyConnection:
@@ -106,7 +106,8 @@ class Output:
         """When a damaged table is why the body fails, the error is an OutputError that names it.
 
         Arrow and DuckDB say in many ways what is wrong with a file, and not always with which one:
-        after an error that is not one of ours the tables in `folders`, or all, are read to find it.
+        after an error that is not one of ours the tables in `folders`, or all that runs read, are
+        read to find it.
         """
         try:
             yield
