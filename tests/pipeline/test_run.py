@@ -522,6 +522,17 @@ def test_a_damaged_table_is_named_and_what_was_in_it_is_made_again(tmp_path):
     assert {name_of(r): r["score"] for r in rows(out, "scores")} == scores
 
 
+def test_a_damaged_record_of_a_run_is_named_and_can_be_removed(scored, tmp_path):
+    out = shutil.copytree(scored[0], tmp_path / "out")
+    for record in (out / "runs").iterdir():
+        record.write_text("{")
+        with pytest.raises(OutputError, match=rf"{record.name}: .* Remove it"):
+            aggregate.run(Output(str(out)), MODEL, DEFAULT_POOLING)
+        record.unlink()
+    aggregate.run(Output(str(out)), MODEL, DEFAULT_POOLING)
+    assert {row["score_model_se"] for row in rows(out, "scores")} == {None}
+
+
 def test_retry_tries_what_failed_again_and_leaves_the_rest(tmp_path, clips, monkeypatch):
     folder, out = tmp_path / "catalog", tmp_path / "out"
     folder.mkdir()
