@@ -198,13 +198,6 @@ class Config(BaseModel):
         le=1,
         description="GPU share of a scorer. Half shares let two scorers overlap copies and work.",
     )
-    units_per_batch: int = Field(
-        default=8,
-        gt=0,
-        description="Work units handed to a GPU scorer at once; frames of one size are batched "
-        "across them. Bounds its memory together with unit_bytes. For small pictures, one of which "
-        "is a unit, 64 keeps a GPU busier.",
-    )
     object_store_bytes: int = Field(
         default=0,
         ge=0,
@@ -316,10 +309,11 @@ def load(
 ) -> Config:
     """Resolve the options: defaults, then the YAML file, then `KEY=VALUE` settings, then flags.
 
-    Flags that are None are left out. recorded: options of an earlier run, in place of defaults.
+    Flags that are None are left out. recorded: options of an earlier run, in place of defaults;
+    those that an earlier version had and this one has not are left out.
     Raises ConfigError naming the option and what it allows.
     """
-    values = dict(recorded or {})
+    values = {k: v for k, v in (recorded or {}).items() if k in Config.model_fields}
     if file is not None:
         values |= _read_yaml(file)
     values |= parsed(settings)

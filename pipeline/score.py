@@ -130,7 +130,7 @@ def run(
             ).map_batches(
                 graph.score,
                 fn_constructor_args=(config, weights, shares, monitor),
-                batch_size=config.units_per_batch if shares.actor_gpus else None,
+                batch_size=None,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(size=shares.score_actors),
                 ray_remote_args_fn=cluster.bounded_actor_retries,
@@ -211,10 +211,10 @@ def decode_units(
         waiting.append(_decode_unit(unit, config, run_id, earlier.get(unit["unit_id"], 0)))
         pulse.beat()
         if sum(len(found.pixels) for _, found in waiting) >= _TOGETHER_BYTES:
-            yield _with_frames(waiting)
+            yield with_frames(waiting)
             waiting = []
     if waiting:
-        yield _with_frames(waiting)
+        yield with_frames(waiting)
 
 
 def stopped(config: Config, monitor: Any) -> bool:
@@ -303,7 +303,7 @@ def form(found: Frames) -> dict[str, Any]:
     return {"width": width, "height": height, **look, "scaled_from": scaled_from}
 
 
-def _with_frames(rows: Sequence[tuple[dict[str, Any], Frames]]) -> pa.Table:
+def with_frames(rows: Sequence[tuple[dict[str, Any], Frames]]) -> pa.Table:
     """A table of rows and their frames. Pixels of a single row are those that the decoder wrote."""
     widths = [found.widths for _, found in rows]
     heights = [found.heights for _, found in rows]
@@ -502,13 +502,19 @@ def finite(scores: Any) -> Any:
 
 
 def frames_of(batch: pa.Table, index: int) -> Iterator[Any]:
-    """The frames of a row as uint8 [H,W,3], views of the batch's own memory."""
+    """The frames of a row as uint8 [H,W,3], views of the batch's own memory.
+
+    Arrow's own values of binary columns are copies of what they hold.
+    """
     blobs = batch["frames"][index].values
-    if blobs is None:
+    if not blobs:
         return
     widths, heights = batch["widths"][index].as_py(), batch["heights"][index].as_py()
-    for blob, width, height in zip(blobs, widths, heights, strict=True):
-        yield np.frombuffer(blob.as_buffer(), dtype=np.uint8).reshape(height, width, 3)
+    _, offsets, data = blobs.buffers()
+    starts = np.frombuffer(offsets, np.int64)[blobs.offset :]
+    pixels = np.frombuffer(data, np.uint8)
+    for start, width, height in zip(starts, widths, heights, strict=False):
+        yield pixels[start : start + 3 * height * width].reshape(height, width, 3)
 
 
 def leave_a_lost_gpu(error: Exception) -> None:

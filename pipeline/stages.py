@@ -101,7 +101,9 @@ def verdict(stages: Stages, shares: Shares) -> tuple[Bottleneck, str] | None:
         )
     if score.busy >= decode.busy:
         if shares.actor_gpus:
-            return "score", "the GPUs were the limit: add GPUs, or try precision=fp16"
+            return "score", (
+                "the GPUs were the limit: try precision=fp16 and gpus_per_actor=0.5, or add GPUs"
+            )
         return "score", (
             "scoring on CPUs was the limit: add CPUs, score on a GPU, or try precision=bf16 (needs "
             "AMX) or int8 (needs VNNI)"

@@ -207,11 +207,12 @@ class Scorer:
     def _prepare(self, frames: list[Tensor]) -> Tensor:
         """uint8 [H,W,3] each -> uint8 [N,3,H,W] on the device; if the card resizes, float 0..1."""
         uploads = self.device.type == "cuda" and frames[0].device.type == "cpu"
-        room = None
         if uploads:  # pinned, so that the copy does not hold up the host
             shape = (len(frames), *frames[0].shape)
             room = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        stacked = torch.stack(frames, out=room)
+            stacked = torch.stack(frames, out=room)
+        else:
+            stacked = frames[0].contiguous()[None] if len(frames) == 1 else torch.stack(frames)
         x = stacked.to(self.device, non_blocking=uploads).permute(0, 3, 1, 2)
         short_side = self.card.short_side
         if short_side is None:

@@ -60,3 +60,10 @@ def test_a_replay_is_read_back_as_it_was_meant():
     *_, root, sample = shlex.split(config.replay("/c/a.mp4"))
     settings = [setting.removeprefix("--set=") for setting in (root, sample)]
     assert load(settings=settings) == config
+
+
+def test_an_option_that_an_earlier_version_had_does_not_stop_a_retry():
+    recorded = Config(sample="all").model_dump(mode="json") | {"units_per_batch": 8}
+    assert load(recorded=recorded) == Config(sample="all")
+    with pytest.raises(ConfigError, match="units_per_batch"):
+        load(settings=["units_per_batch=8"], recorded=recorded)

@@ -340,7 +340,7 @@ def test_scores_do_not_depend_on_neighbours_or_on_batches(tmp_path, clips, all_f
         picture = landscape(48 + 16 * (index % 3), 64, seed=index)
         Image.fromarray(picture).save(folder / f"{index}.png")
     shutil.copy(clips["h264.mp4"], folder / "clip.mp4")
-    options = {"sample": "all", "unit_frames": 7, "units_per_commit": 2, "units_per_batch": 3}
+    options = {"sample": "all", "unit_frames": 7, "units_per_commit": 2}
     score_into(folder, tmp_path / "out", **options)
     units = [r for r in rows(tmp_path / "out", "frame_scores") if name_of(r) == "clip.mp4"]
     assert len(units) >= 6
