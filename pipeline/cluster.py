@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ import ray.data
 import tenacity
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
-from ray.autoscaler.sdk import request_resources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -191,6 +191,8 @@ def _end_idle_servers() -> None:
 
 
 def _await_nodes(config: Config) -> None:
+    from ray.autoscaler.sdk import request_resources
+
     bundles: list[dict[str, float]] = [{"CPU": 1}] * max(2, config.decode_tasks)
     gpus = 0.0
     if config.device == "cuda":
@@ -311,12 +313,13 @@ def _places(nodes: list[dict[str, float]], cpus: float) -> list[float]:
 _SCORER_BYTES, _SCORER_BYTES_A_PIXEL, _SCORERS_SHARE = 1 << 30, 300, 0.7
 
 
-def shares(config: Config, largest_pixels: int | None = None) -> Shares:
+def shares(config: Config, largest_pixels: int | None = None, units: int | None = None) -> Shares:
     """Divide the cluster between decoding and scoring. Raises RunError when it has too little.
 
-    largest_pixels: of a frame, when it is known; without it a frame may have `max_pixels`. On CPUs
-    as many scorers of one thread as have room in memory are a quarter faster than one with two
-    threads; of large frames there is room for fewer, with more threads each.
+    largest_pixels: of a frame, when it is known; without it a frame may have `max_pixels`. units:
+    of the plan, when it is made: there are no more scorers than that. On CPUs as many scorers of
+    one thread as have room in memory are a quarter faster than one with two threads; of large
+    frames there is room for fewer, with more threads each.
 
     What scorers book leaves room for a decoder on one node at least, wherever Ray places them:
     without decoders, scorers wait for ever.
@@ -341,8 +344,9 @@ def shares(config: Config, largest_pixels: int | None = None) -> Shares:
         decode_cpus = 0.5
         places = _places(working, decode_cpus + light_cpus)
     kept = (decode_cpus + light_cpus) * len(places)
+    most_actors = sys.maxsize if units is None else max(1, units)
     if use_gpus:
-        actors = config.score_actors or max(1, int(gpus / config.gpus_per_actor))
+        actors = config.score_actors or min(most_actors, max(1, int(gpus / config.gpus_per_actor)))
         most, threads = (sum(places) - max(2.0, kept)) / actors, 1
     else:
         each = _SCORER_BYTES + _SCORER_BYTES_A_PIXEL * (largest_pixels or config.max_pixels)
@@ -352,8 +356,9 @@ def shares(config: Config, largest_pixels: int | None = None) -> Shares:
             for node in working
             for room in [int(_SCORERS_SHARE * node.get("memory", 0) / each)]
         )
-        actors = config.score_actors or sum(fitting)
-        threads = min(4, max(1, cpus // actors)) if cpus >= 8 else max(1, cpus // actors)
+        actors = config.score_actors or min(most_actors, sum(fitting))
+        most_threads = min(4 if cpus >= 8 else cpus, int(largest) - spare)
+        threads = max(1, min(most_threads, cpus // actors))
         # A booking must fit on one node, and leave room for a decoder beside the actor.
         most = min((sum(places) - max(3.0, kept)) / actors, largest / 2)
     return Shares(

@@ -9,8 +9,8 @@ failed units are taken out of them again so that the next run has another go.
 
 import itertools
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 from pipeline import plan, schemas
 from pipeline.errors import OutputError
 from pipeline.output import Output, database
+
+if TYPE_CHECKING:
+    import duckdb
 
 FOLDER = "_checkpoint"
 _PENDING = ".pending.parquet"
@@ -100,7 +103,7 @@ def reopen_lost(output: Output, model: str) -> int:
     return _taken_out(output, _connect(output, model).execute(query))
 
 
-def _taken_out(output: Output, found: duckdb.DuckDBPyConnection) -> int:
+def _taken_out(output: Output, found: "duckdb.DuckDBPyConnection") -> int:
     """Take units out of the commits: those that a query has found."""
     ids = [unit_id for (unit_id,) in found.fetchall()]
     chosen = pa.array(ids, pa.string())
@@ -132,7 +135,7 @@ def _write(path: str) -> str:
     return name.rsplit("-", 1)[0]
 
 
-def _connect(output: Output, model: str) -> duckdb.DuckDBPyConnection:
+def _connect(output: Output, model: str) -> "duckdb.DuckDBPyConnection":
     """Sees `plan` (of the model), `done`, and the complete files of `frame_scores`, `failures`."""
     committed = _committed(output)
     writes = {_write(path) for path in committed}

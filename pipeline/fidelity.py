@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import correlate1d
 
 from pipeline.media.planes import Plane, Planes
 
@@ -122,6 +121,8 @@ def _similarity(d: Luma, r: Luma) -> tuple[float, float]:
 
 def _windowed(image: Luma) -> Luma:
     """Gaussian means of all windows inside a picture: [H, W] -> [H-10, W-10]."""
+    from scipy.ndimage import correlate1d  # a fifth of a second, and not for every process
+
     for axis in (0, 1):
         image = correlate1d(image, _WINDOW, axis)
         image = image[5:-5] if axis == 0 else image[:, 5:-5]

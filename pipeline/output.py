@@ -7,9 +7,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
@@ -20,14 +19,19 @@ from pipeline.errors import ConfigError, OutputError
 from pipeline.storage import absolute, join, locate
 from topiq_core.errors import TopiqError
 
+if TYPE_CHECKING:
+    import duckdb
+
 # How the names of files begin that are not complete yet.
 _PARTIAL = ".partial-"
 # The folders of Parquet files that runs read.
 _TABLES = ("plan", "_checkpoint", "frame_scores", "failures")
 
 
-def database() -> duckdb.DuckDBPyConnection:
+def database() -> "duckdb.DuckDBPyConnection":
     """DuckDB in memory; what needs more than 1 GB goes to files in the temporary folder."""
+    import duckdb  # workers write outputs too, and ask no database
+
     return duckdb.connect(config={"memory_limit": "1GB", "temp_directory": tempfile.gettempdir()})
 
 

@@ -137,7 +137,7 @@ def _scored(run: _Run, record: dict[str, Any], started: float) -> Summary:
     seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config), monitor))
     # Frames are brought to the size of references, which the plan does not have.
     largest = None if run.compares else planned.largest_pixels
-    shares = cluster.shares(run.config, largest)
+    shares = cluster.shares(run.config, largest, planned.units)
     record["cluster"] = asdict(shares)
     record["plan"] = asdict(planned) | {"seconds": seconds}
     run.event("planned", **record["plan"])

@@ -194,6 +194,24 @@ def test_scorers_of_a_cluster_are_counted_by_node_and_leave_room_to_decode(
 
 
 @pytest.mark.parametrize(
+    ("nodes", "units", "scorers", "threads"),
+    [
+        ([(2, 16, 0)], 1, 1, 2),
+        ([(16, 64, 0)], 3, 3, 4),
+        ([(16, 64, 0)], 1000, 16, 1),
+        ([(1, 4, 0)] * 6, 1, 1, 1),  # no node has a second CPU
+        ([(8, 32, 4)], 2, 2, 1),
+        ([(8, 32, 4)], 0, 1, 1),
+    ],
+)
+def test_there_are_no_more_scorers_than_units(monkeypatch, nodes, units, scorers, threads):
+    ledger(monkeypatch, *nodes)
+    found = cluster.shares(Config(), 1920 * 1080, units)
+    assert (found.score_actors, found.threads) == (scorers, threads)
+    assert_decoders_have_room(found, nodes)
+
+
+@pytest.mark.parametrize(
     ("nodes", "share"),
     [
         ([(2, 8, 1)], 0.5),
