@@ -202,7 +202,8 @@ class Config(BaseModel):
         default=0,
         ge=0,
         description="Size of Ray's object store when the run starts Ray itself; decoded frames "
-        "wait there, and fill it. 0 means a fifth of the memory, between 0.5 and 8 GiB.",
+        "wait there, and fill it. 0 means a fifth of the memory, at least 0.5 GiB and at most 8, "
+        "or one for each CPU where that is more.",
     )
     wait_for_nodes_s: float = Field(
         default=900.0,

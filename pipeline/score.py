@@ -95,7 +95,7 @@ def run(
     context = DataContext.get_current()
     before = context.checkpoint_config
     context.checkpoint_config = _checkpoint(output)
-    rows = max(1, min(config.units_per_commit, n_units // (2 * shares.decode_tasks)))
+    rows = max(1, min(config.units_per_commit, n_units // (4 * shares.decode_tasks)))
     try:
         with cluster.ended_when_stuck(config.no_progress_timeout_s, monitor):
             units = ray.data.read_parquet(
@@ -127,7 +127,7 @@ def run(
                 compute=TaskPoolStrategy(size=shares.decode_tasks),
                 num_cpus=shares.decode_cpus,
                 ray_remote_args_fn=cluster.bounded_retries,
-            ).map_batches(
+            ).map_batches_internal(  # `map_batches`, which wants a batch_size for GPUs
                 graph.score,
                 fn_constructor_args=(config, weights, shares, monitor),
                 batch_size=None,
