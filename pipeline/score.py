@@ -103,6 +103,7 @@ def run(
                 filesystem=output.arrow_filesystem(),
                 columns=list(graph.columns),
                 num_cpus=shares.light_cpus,
+                override_num_blocks=min(_MOST_READ, -(-n_units // rows)),
             )
             if graph.gather is not None:
                 units = units.map_batches(
@@ -150,6 +151,10 @@ def run(
     finally:
         context.checkpoint_config = before
 
+
+# Blocks that a plan is read as: as many as there will be of it, or Ray's own number for large ones.
+# Of more, `repartition` would not make fewer again.
+_MOST_READ = 200
 
 PLAN_COLUMNS = (
     "unit_id", "item_id", "uri", "kind", "model", "unit_index", "times_s", "weights_s", "crop",

@@ -4,9 +4,12 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -436,6 +439,66 @@ def a_scorer(gpus):
 def test_a_gpu_that_does_not_work_is_the_reason_that_a_scorer_gives():
     with pytest.raises(RunError, match=rf"on node {socket.gethostname()}: .*no GPU.*(CUDA|NVIDIA)"):
         _ = a_scorer(1.0).scorers
+
+
+_ON_BOOKED_GPUS = """
+import dataclasses, sys
+import numpy as np
+import ray
+from pipeline import run, score
+from pipeline.config import Config
+
+
+class CountingUnits(score.ScoreUnits):
+    def __init__(self, config, weights, shares, monitor):
+        class Counting:
+            def score(self, frames):
+                return np.full(len(frames), len(frames), np.float32)
+
+        self._scorers, self._refused = [Counting()], None
+        self.weights, self.config, self.monitor = weights, config, monitor
+
+
+if sys.argv[3] == "counting":
+    score.UNITS = dataclasses.replace(score.UNITS, score=CountingUnits)
+ray.init(
+    address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False,
+    object_store_memory=256 << 20,
+)
+config = Config(device="cuda", decode_tasks=1)
+run.score_catalog(sys.argv[1], sys.argv[2], config, lambda *_, **__: None)
+"""
+
+
+def run_on_a_booked_gpu(folder, out, network):
+    command = [sys.executable, "-c", _ON_BOOKED_GPUS, str(folder), str(out), network]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def many_pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(48):
+        Image.fromarray(landscape(32, 48, seed=seed)).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_a_scorer_with_a_gpu_has_pictures_of_many_items_at_once(tmp_path, many_pictures):
+    """The GPU is one in Ray's ledger only, and the network counts frames."""
+    done = run_on_a_booked_gpu(many_pictures, tmp_path / "out", "counting")
+    assert done.returncode == 0, done.stderr
+    at_once = [row["score"][0] for row in rows(tmp_path / "out", "frame_scores")]
+    assert len(at_once) == 48
+    assert min(at_once) == 12  # of a fourth of the catalog, at least four parts for each decoder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_run_says_why_a_booked_gpu_cannot_be_used(tmp_path, many_pictures):
+    done = run_on_a_booked_gpu(many_pictures, tmp_path / "out", "own")
+    assert done.returncode == 1
+    assert re.search(r"RunError: on node .*device 'cuda': there is no GPU", done.stderr)
+    assert rows(tmp_path / "out", "plan")
 
 
 class LostGPU:
