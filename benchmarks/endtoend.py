@@ -9,6 +9,9 @@ after each, for half a minute or so, and is the mean of both. Of the run, the ti
 counts, in which both stages work; starting Ray and planning do not, starting scorers does. On a
 machine without a GPU both stages share the CPUs, so the best that a run can do there is the
 harmonic sum of the two, which is printed as well.
+
+With --decode-bound the network is a mean of pixels, as if GPUs scored faster than CPUs decode; then
+a run is compared with decoding alone.
 """
 
 import argparse
@@ -29,7 +32,7 @@ import pyarrow.parquet as pq
 from machine import summarised
 
 from jobs.sample_media import encode, landscape
-from pipeline import score
+from pipeline import cluster, score
 from pipeline.config import Config
 from topiq_core import environment
 
@@ -125,6 +128,55 @@ def whole(
     return found
 
 
+def without_network(source: Path, out: Path) -> dict[str, Any]:
+    """The record of a run whose network is a mean of pixels."""
+    growth = Path(__file__).with_name("growth.py")
+    command = [sys.executable, str(growth), "--one", str(source), str(out), SAMPLE]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((out / "run.json").read_text())
+    return found
+
+
+def decode_bound(source: Path, folder: Path, rounds: int) -> list[dict[str, float]]:
+    """Frames a second of runs without a network, and of decoding alone."""
+    out = []
+    for index in range(rounds):
+        record = without_network(source, folder / f"out{index}")
+        (plan,) = (folder / f"out{index}" / "plan").iterdir()
+        alone = decode_only(plan, record["cluster"]["decode_tasks"])
+        run = record["summary"]["frames_per_s"]
+        out.append({"run": run, "decode": round(alone, 3), "ratio": round(run / alone, 3)})
+        print(out[-1], flush=True)
+    return out
+
+
+def against_both(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Frames a second of runs, and of each stage alone."""
+    model, weights = options.model, options.weights
+    # A short run tells how runs share this machine, with a clip for each scorer that it may have.
+    first = clips(folder / "first", cluster.local_cpus(), FPS)
+    shares = whole(first, folder / "out", model, weights, options.scorers)["cluster"]
+    alone = model, weights, shares["threads"], shares["score_actors"]
+    before = score_only(*alone)
+    out = []
+    for index in range(options.rounds):
+        record = whole(source, folder / f"out{index}", model, weights, options.scorers)
+        after = score_only(*alone)
+        (plan,) = (folder / f"out{index}" / "plan").iterdir()
+        found = {
+            "run": record["summary"]["frames_per_s"],
+            "decode": decode_only(plan, record["cluster"]["decode_tasks"]),
+            "score": (before + after) / 2,
+        }
+        before = after
+        found["ratio"] = found["run"] / min(found["decode"], found["score"])
+        both = 1 / (1 / found["decode"] + 1 / found["score"])
+        found["ratio_to_harmonic_sum"] = found["run"] / both
+        out.append({k: round(v, 3) for k, v in found.items()})
+        print(out[-1], flush=True)
+    return out
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,34 +186,17 @@ def main() -> None:
     parser.add_argument("--model", default="cfanet_lite_nr")
     parser.add_argument("--weights")
     parser.add_argument("--scorers", type=int, help="in place of what a run would have")
+    parser.add_argument("--decode-bound", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rounds = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = clips(folder / "clips", options.clips, options.seconds)
-        first = clips(folder / "first", 1, FPS)  # a short run tells how runs share this machine
-        record = whole(first, folder / "out", options.model, options.weights, options.scorers)
-        shares = record["cluster"]
-        alone = options.model, options.weights, shares["threads"], shares["score_actors"]
-        before = score_only(*alone)
-        for index in range(options.rounds):
-            out = folder / f"out{index}"
-            record = whole(source, out, options.model, options.weights, options.scorers)
-            after = score_only(*alone)
-            (plan,) = (out / "plan").iterdir()
-            found = {
-                "run": record["summary"]["frames_per_s"],
-                "decode": decode_only(plan, shares["decode_tasks"]),
-                "score": (before + after) / 2,
-            }
-            before = after
-            found["ratio"] = found["run"] / min(found["decode"], found["score"])
-            both = 1 / (1 / found["decode"] + 1 / found["score"])
-            found["ratio_to_harmonic_sum"] = found["run"] / both
-            rounds.append({k: round(v, 3) for k, v in found.items()})
-            print(rounds[-1], flush=True)
-    summarised(rounds, options.model, options.json)
+        if options.decode_bound:
+            rounds, what = decode_bound(source, folder, options.rounds), "a mean of pixels"
+        else:
+            rounds, what = against_both(source, folder, options), options.model
+    summarised(rounds, what, options.json)
 
 
 if __name__ == "__main__":

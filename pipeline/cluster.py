@@ -46,6 +46,8 @@ class Shares:
     threads: int
     light_cpus: float
     """Booked by stages that only read or write tables."""
+    write_tasks: int
+    """At once at most: what they might book otherwise is kept from the decoders."""
 
 
 # A scorer with its model, a decoder and Ray need this beside the object store.
@@ -72,7 +74,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors.*")
 
 
-def _leave_room_to_decode() -> None:
+def leave_room_to_decode() -> None:
     """Let stages take what others do not use.
 
     By itself Ray Data keeps half of the CPUs, and half of the object store that it uses at all,
@@ -81,7 +83,7 @@ def _leave_room_to_decode() -> None:
     """
     context = ray.data.DataContext.get_current()
     context.op_resource_reservation_ratio = 0.1
-    context.override_object_store_memory_limit_fraction = 0.75
+    context.override_object_store_memory_limit_fraction = 0.65  # at 0.8 Ray takes to the disk
 
 
 def connect(config: Config) -> None:
@@ -92,7 +94,7 @@ def connect(config: Config) -> None:
     Raises RunError when they do not come.
     """
     quieten()
-    _leave_room_to_decode()
+    leave_room_to_decode()
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -375,12 +377,14 @@ def shares(config: Config, largest_pixels: int | None = None, units: int | None 
         threads = max(1, min(most_threads, cpus // actors))
         # A booking must fit on one node, and leave room for a decoder beside the actor.
         most = min((sum(places) - max(3.0, kept)) / actors, largest / 2)
+    decode_tasks = config.decode_tasks or cpus
     return Shares(
-        decode_tasks=config.decode_tasks or cpus,
+        decode_tasks=decode_tasks,
         decode_cpus=decode_cpus,
         score_actors=actors,
         actor_cpus=0.25 if small else min(float(threads), most),
         actor_gpus=config.gpus_per_actor if use_gpus else 0.0,
         threads=threads,
         light_cpus=light_cpus,
+        write_tasks=max(2, decode_tasks // 4),
     )

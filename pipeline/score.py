@@ -145,6 +145,7 @@ def run(
                 mode="append",
                 schema=_written_schema(),
                 ray_remote_args={"num_cpus": shares.light_cpus},
+                concurrency=shares.write_tasks,
             )
     except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise cluster.run_error(error) from error

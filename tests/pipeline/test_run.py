@@ -227,7 +227,7 @@ def test_plan_and_stages_count_pixels_as_the_model_sees_them(scored):
     def pixels(short_side):
         card = replace(weights.resolve(MODEL).card, short_side=short_side)
         (run_id,) = {row["run_id"] for row in found}
-        shares = cluster.Shares(1, 1.0, 1, 1.0, 0.0, 1, 0.25)
+        shares = cluster.Shares(1, 1.0, 1, 1.0, 0.0, 1, 0.25, 2)
         score = stages.of_run(Output(str(out)), run_id, card, shares, 1.0).score
         return score.pixels_per_s * score.seconds
 
@@ -431,7 +431,7 @@ def test_what_a_model_would_enlarge_over_the_limit_is_too_large(tmp_path):
 
 
 def a_scorer(gpus):
-    shares = cluster.Shares(1, 1.0, 1, 1.0, gpus, 1, 0.25)
+    shares = cluster.Shares(1, 1.0, 1, 1.0, gpus, 1, 0.25, 2)
     return score.ScoreUnits(Config(), [weights.resolve(MODEL)], shares, None)
 
 

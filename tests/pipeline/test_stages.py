@@ -6,11 +6,11 @@ from pipeline.stages import Stage, Stages
 
 CPUS = Shares(
     decode_tasks=2, decode_cpus=0.5, score_actors=1, actor_cpus=0.25, actor_gpus=0.0, threads=2,
-    light_cpus=0.25,
+    light_cpus=0.25, write_tasks=2,
 )  # fmt: skip
 GPUS = Shares(
     decode_tasks=16, decode_cpus=1.0, score_actors=1, actor_cpus=1.0, actor_gpus=1.0, threads=1,
-    light_cpus=0.25,
+    light_cpus=0.25, write_tasks=2,
 )  # fmt: skip
 
 
