@@ -114,7 +114,7 @@ def main() -> None:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
             )
-            one = json.loads(done.stdout.splitlines()[-1])
+            one = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("{")))
             found |= {"decoders": one["decoders"], f"at work, {way}": round(one["at work"], 1)}
         rounds.append(found)
         print(found, flush=True)
