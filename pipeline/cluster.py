@@ -78,8 +78,8 @@ def leave_room_to_decode() -> None:
     """Let stages take what others do not use.
 
     By itself Ray Data keeps half of the CPUs, and half of the object store that it uses at all,
-    for stages that need next to nothing here: of 16 decoders 3 to 10 were at work then, and a GPU
-    waited for frames. Each stage still has what one task of it needs.
+    for stages that need next to nothing here: of 16 decoders 7 were at work then, and a GPU waited
+    for frames (benchmarks/decoders.py). Each stage still has what one task of it needs.
     """
     context = ray.data.DataContext.get_current()
     context.op_resource_reservation_ratio = 0.1
