@@ -243,8 +243,8 @@ def main() -> None:
         "10-bit PQ": (16, 9, 10),
         "10-bit HLG": (18, 9, 10),
     }
-    for name, (transfer, primaries, depth) in kinds.items():
-        print(f"| {name} | {milliseconds(transfer, primaries, depth):.0f} |")
+    for name, codes in kinds.items():
+        print(f"| {name} | {milliseconds(*codes):.0f} |")
 
 
 if __name__ == "__main__":

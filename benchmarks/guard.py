@@ -7,6 +7,7 @@ the Arrow table that goes to the scorers. Prints the median over rounds of the r
 """
 
 import argparse
+import mmap
 import statistics
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pipeline.media.decode import Limits, decode_at
 from pipeline.media.guard import Frames, Guard
 from pipeline.media.probe import probe
 from pipeline.media.sample import SampleSpec, plan_samples, slice_units
-from pipeline.score import _with_frames
+from pipeline.score import with_frames
 
 PIXELS, BYTES = 25_000_000, 1 << 30
 UNIT_FRAMES = 32
@@ -42,14 +43,15 @@ def direct(clip: str, times: list[float]) -> pa.Table:
     """One unit, decoded in this process."""
     found = decode_at(clip, times, [1.0] * len(times), Limits(PIXELS, BYTES))
     shots = found.shots
-    pixels = np.empty(sum(s.rgb.nbytes for s in shots), np.uint8)
+    held = mmap.mmap(-1, sum(s.rgb.nbytes for s in shots))
+    pixels = np.frombuffer(held, np.uint8)
     at = 0
     for shot in shots:
         pixels[at : at + shot.rgb.nbytes] = shot.rgb.reshape(-1)
         at += shot.rgb.nbytes
     heights, widths = zip(*(s.rgb.shape[:2] for s in shots), strict=True)
     times, weights = [s.pts_s for s in shots], [s.weight_s for s in shots]
-    return _with_frames([(ROW, Frames(times, weights, list(heights), list(widths), pixels))])
+    return with_frames([(ROW, Frames(times, weights, list(heights), list(widths), held))])
 
 
 def main() -> None:
@@ -68,7 +70,7 @@ def main() -> None:
 
         def guarded(times: list[float]) -> pa.Table:
             weights = [1.0] * len(times)
-            return _with_frames(
+            return with_frames(
                 [(ROW, guard.decode_video(clip, times, weights, PIXELS, BYTES, 600.0))]
             )
 

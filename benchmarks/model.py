@@ -191,10 +191,10 @@ class Contender:
     """A process that scores when asked."""
 
     def __init__(self, name: str, python: str, options: list[str], quiet: bool) -> None:
-        command = [python, __file__, "--serve", name, *options]
+        self.command = [python, __file__, "--serve", name, *options]
         ours_on_cpu = name not in (*PLAIN, "pyiqa") and "cuda" not in options
         self.process = subprocess.Popen(
-            command,
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if quiet else None,
@@ -208,7 +208,7 @@ class Contender:
         print(frames, file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(map(str, self.process.args))}\nended without an answer")
+            raise SystemExit(f"{' '.join(self.command)}\nended without an answer")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -300,12 +300,11 @@ def flop_per_frame(card: str, size: str, renditions: int) -> float:
     from topiq_core import cards
     from topiq_core.cfanet import CFANet
     from topiq_core.inference import InferenceNet
-    from topiq_core.scorer import resized
 
     known, _ = cards.find(card)
     width, height = map(int, size.split("x"))
     if known.short_side:
-        height, width = resized(height, width, known.short_side)
+        height, width = cards.resized(height, width, known.short_side)
     with torch.device("meta"), torch.inference_mode():
         net = InferenceNet(CFANet(known.architecture)).to("meta")
         image = torch.zeros(max(1, renditions), 3, height, width)

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config import Config
 from pipeline.errors import RunError, ScorersDied
 from pipeline.monitor import BEAT_S
+from topiq_core import environment
 
 # CPUs that a local cluster is said to have beyond the real ones. Ray Data's own stages (reading,
 # writing, the checkpoint filter) book CPUs that they hardly use; without room for them, a pool of
@@ -116,7 +117,7 @@ def connect(config: Config) -> None:
             "a larger machine."
         )
     try:
-        with _giving_way():
+        with _giving_way(), _scorers_environment():
             ray.init(
                 address="local",
                 num_cpus=local_cpus() + SPARE_CPUS,
@@ -131,7 +132,39 @@ def connect(config: Config) -> None:
             f"Ray did not start on this machine ({error}). It gives up after half a minute or so: "
             "when the machine is very busy, try again later."
         ) from error
+    global _started
+    _started = ray.get_runtime_context().gcs_address
     _end_idle_servers()
+
+
+# The address of the cluster that this process has started.
+_started: str | None = None
+
+
+@contextmanager
+def _scorers_environment() -> Iterator[None]:
+    """Processes started in the body have the environment of scorers, whatever they come to be."""
+    before = {name: os.environ.get(name) for name in environment.CPU_SCORER}
+    os.environ.update(environment.CPU_SCORER)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def for_cpu_scorers() -> dict[str, Any]:
+    """The `runtime_env` of an actor that scores on a CPU.
+
+    Empty where we started the cluster and all processes have that environment: a waiting worker
+    can then become a scorer, where Ray would start another one for an environment of its own.
+    """
+    if ray.get_runtime_context().gcs_address == _started:
+        return {}
+    return {"env_vars": environment.CPU_SCORER}
 
 
 def _await_head(address: str) -> None:

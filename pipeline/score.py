@@ -46,7 +46,6 @@ from pipeline.output import Output
 from pipeline.plan import companion_id
 from pipeline.storage import redacted
 from pipeline.transient import persistently
-from topiq_core import environment
 from topiq_core.errors import FrameError, TopiqError
 from topiq_core.weights import Weights
 
@@ -178,10 +177,7 @@ def _checkpoint(output: Output) -> CheckpointConfig:
 def _actor_resources(shares: cluster.Shares) -> dict[str, Any]:
     if shares.actor_gpus:
         return {"num_gpus": shares.actor_gpus, "num_cpus": shares.actor_cpus}
-    return {
-        "num_cpus": shares.actor_cpus,
-        "runtime_env": {"env_vars": environment.CPU_SCORER},
-    }
+    return {"num_cpus": shares.actor_cpus, "runtime_env": cluster.for_cpu_scorers()}
 
 
 def _written_schema() -> pa.Schema:

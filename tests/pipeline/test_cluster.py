@@ -1,5 +1,6 @@
 """What a cluster that we start exposes."""
 
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import ray
 
 from pipeline import cluster
 from pipeline.config import Config
+from topiq_core.environment import CPU_SCORER
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
@@ -78,11 +80,30 @@ for process in psutil.Process().children(recursive=True):
 """
 
 
-def run(program, **variables):
+SCORER = """
+import json, os, sys
+import ray
+from pipeline import cluster
+from pipeline.config import Config
+
+class Actor:
+    def environment(self):
+        return dict(os.environ)
+
+if sys.argv[1] == "started by others":
+    ray.init(address="local", include_dashboard=False, object_store_memory=100 << 20, num_cpus=1)
+cluster.connect(Config(object_store_bytes=100 << 20))
+options = {"num_cpus": 0, "runtime_env": cluster.for_cpu_scorers()}
+actor = ray.remote(Actor).options(**options).remote()
+print(json.dumps([dict(os.environ), ray.get(actor.environment.remote())]))
+"""
+
+
+def run(program, *arguments, **variables):
     """What a program prints in a process that has started no Ray, as the tests' own may have."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | variables
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return done.stdout
@@ -105,6 +126,16 @@ def test_a_cluster_started_here_leaves_the_cpus_to_the_scorers():
     assert not names & {"log_monitor.py", "monitor.py", "dashboard.py"}
     giving_way = {name for policy, name in family if int(policy) == os.SCHED_BATCH}
     assert names - giving_way == {"ray::Actor"}
+
+
+@pytest.mark.parametrize("ray_was", ["started here", "started by others"])
+def test_scorers_on_cpus_have_their_environment_and_the_driver_keeps_its_own(ray_was):
+    mine = {"OMP_WAIT_POLICY": "ACTIVE", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    driver, scorer = json.loads(run(SCORER, ray_was, **mine))
+    assert {name: driver.get(name) for name in CPU_SCORER} == {
+        name: mine.get(name, os.environ.get(name)) for name in CPU_SCORER
+    }
+    assert {name: scorer[name] for name in CPU_SCORER} == CPU_SCORER
 
 
 def test_an_object_store_larger_than_the_memory_is_refused_before_anything_starts():
