@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env demo test chaos bench lint docs lock clean
+.PHONY: help env demo test slow chaos bench lint docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -21,8 +21,11 @@ demo: env  ## make a small catalog, score it, print the table
 	$(BIN)/python -m jobs.demo
 
 # Two at a time, for much of a test of Ray is waiting. Files in their order: the longest come first.
-test: env lint  ## lint, types, and every test that protects a promise
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test: env lint  ## lint, types, and all tests but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+slow: env  ## tests that take minutes each: kills on a cluster, a failing store, submitted jobs
+	$(BIN)/python -m pytest -q -m slow
 
 chaos: env  ## 50 seeded kills and 2,000 mutated files; an hour
 	TOPIQ_KILLS=50 TOPIQ_FUZZ=2000 $(BIN)/python -m pytest -q \

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
+LISTING = 100
+"""Keys in an answer to a listing at most; 1,000 at Amazon."""
 
 _COMMON = """[DEFAULT]
 bind_ip = 127.0.0.1
@@ -49,6 +51,7 @@ user_test_tester = testing .admin
 use = egg:swift#s3api
 location = us-east-1
 s3_acl = false
+max_bucket_listing = {LISTING}
 check_bucket_owner = false
 """
 

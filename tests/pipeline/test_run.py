@@ -681,6 +681,7 @@ def scorers_killed(title):
         killer.join()
 
 
+@pytest.mark.slow
 def test_a_scorer_that_keeps_dying_ends_the_run_with_a_reason(tmp_path, clips):
     """As when it is killed for want of memory each time; Ray alone would go on for ever."""
     options = {"sample": "all", "unit_frames": 4}

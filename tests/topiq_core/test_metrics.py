@@ -156,7 +156,6 @@ def test_intervals_widen_with_the_confidence():
     assert wide[0].srocc < narrow[0].srocc < narrow[1].srocc < wide[1].srocc
 
 
-@pytest.mark.slow
 def test_an_interval_misses_the_truth_about_as_often_as_it_says():
     """SROCC of a bivariate normal of correlation r is 6 / pi * asin(r / 2)."""
     r, n, tries = 0.7, 60, 30

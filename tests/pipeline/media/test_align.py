@@ -205,7 +205,6 @@ def makers(tmp_path_factory, real_media):
     return [Maker(folder / str(n), scene, LENGTH) for n, scene in enumerate(scenes)]
 
 
-@pytest.mark.slow
 def test_known_offsets_are_found_or_refused_but_never_mistaken(makers):
     cases = [case for number, maker in enumerate(makers) for case in known(maker, number)]
     missed = []
@@ -218,14 +217,12 @@ def test_known_offsets_are_found_or_refused_but_never_mistaken(makers):
     assert len(missed) <= 0.05 * len(cases), missed
 
 
-@pytest.mark.slow
 def test_what_has_no_constant_offset_is_refused(makers):
     for maker in makers[::2]:
         for case in impossible(maker):
             assert not estimate(case).trusted, (case, estimate(case))
 
 
-@pytest.mark.slow
 def test_unrelated_clips_are_refused(makers):
     for case in unrelated(makers[1:5]):
         assert not estimate(case).trusted, (case, estimate(case))
