@@ -133,7 +133,7 @@ def ours(options: argparse.Namespace, precision: Any, way: str) -> Score:
                 module.by_cudnn = False
 
     def score(distorted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        scorer.batch_pixels = options.batch * distorted[0].size // 3
+        scorer.batch_pixels = scorer.most_pixels = options.batch * distorted[0].size // 3
         if scorer.card.architecture.mode == "nr":
             return scorer.score(distorted)
         if options.renditions:
@@ -177,7 +177,10 @@ def in_batches(
         out = []
         for start in range(0, len(distorted), together):
             parts = (torch.from_numpy(side[start : start + together]) for side in sides)
-            tensors = [p.to(options.device).permute(0, 3, 1, 2).float() / 255 for p in parts]
+            # Contiguous, as readers of pictures make them: strides alone would make the network
+            # work in channels-last memory.
+            pixels = (p.to(options.device).permute(0, 3, 1, 2).contiguous() for p in parts)
+            tensors = [p.float() / 255 for p in pixels]
             out.append(net(*tensors).flatten().cpu().numpy())
         return np.concatenate(out)
 

@@ -307,10 +307,20 @@ def bounded_actor_retries() -> dict[str, Any]:
     return {"max_task_retries": 3}
 
 
-def beside_driver(kind: type) -> Any:
-    """An actor class whose actors live on the driver's node: other nodes may go away in a run."""
+@contextmanager
+def beside_driver(kind: type) -> Iterator[Any]:
+    """An actor on the driver's node, as other nodes may go away; it lives while the body runs.
+
+    It is ended by hand: Ray keeps an actor whose handle was given to tasks for as long as it runs
+    itself.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
+    try:
+        yield actor
+    finally:
+        with suppress(ray.exceptions.RayError):  # the error of the body is the one to show
+            ray.kill(actor)
 
 
 def run_error(error: Exception) -> RunError:

@@ -133,17 +133,17 @@ def _run_steps(run: _Run) -> Summary:
 def _scored(run: _Run, record: dict[str, Any], started: float) -> Summary:
     """Plan, score and aggregate. What is found out goes into the record."""
     cluster.connect(run.config)
-    monitor = cluster.beside_driver(Monitor).remote()
-    seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config), monitor))
-    # Frames are brought to the size of references, which the plan does not have.
-    largest = None if run.compares else planned.largest_pixels
-    shares = cluster.shares(run.config, largest, planned.units)
-    record["cluster"] = asdict(shares)
-    record["plan"] = asdict(planned) | {"seconds": seconds}
-    run.event("planned", **record["plan"])
-    for uri, code, message in aggregate.planning_failures(run.output, run.model):
-        run.event("item_failed", uri=uri, code=code, message=message)
-    score_seconds = _score(run, shares, planned, monitor)
+    with cluster.beside_driver(Monitor) as monitor:
+        seconds, planned = _timed(lambda: _plan(run, cluster.shares(run.config), monitor))
+        # Frames are brought to the size of references, which the plan does not have.
+        largest = None if run.compares else planned.largest_pixels
+        shares = cluster.shares(run.config, largest, planned.units)
+        record["cluster"] = asdict(shares)
+        record["plan"] = asdict(planned) | {"seconds": seconds}
+        run.event("planned", **record["plan"])
+        for uri, code, message in aggregate.planning_failures(run.output, run.model):
+            run.event("item_failed", uri=uri, code=code, message=message)
+        score_seconds = _score(run, shares, planned, monitor)
     try:
         counts, *_ = (aggregate.run(run.output, model, run.config.pooling) for model in run.models)
     except LostUnits:
@@ -186,8 +186,7 @@ def plan_catalog(
             record = {"status": "planned", "schema_version": schemas.SCHEMA_VERSION}
             _write_record(run.output, record)
         cluster.connect(run.config)
-        monitor = cluster.beside_driver(Monitor).remote()
-        with run.output.reading():
+        with cluster.beside_driver(Monitor) as monitor, run.output.reading():
             planned = _plan(run, cluster.shares(run.config), monitor)
             left = commits.open_work(run.output, run.model)
     event("planned", **asdict(planned))

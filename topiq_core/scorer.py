@@ -51,7 +51,7 @@ class Scorer:
         self.net = InferenceNet(net, precision).to(device)
         if precision == "int8":
             quantise(self.net, (self._prepare(_as_list([p])) for p in agreement.pictures()[1]))
-        self.batch_pixels = GPU_BATCH_PIXELS
+        self.batch_pixels = self.most_pixels = GPU_BATCH_PIXELS
 
     @classmethod
     def load(
@@ -170,7 +170,7 @@ class Scorer:
                     self.batch_pixels = self._pixels(h, w) * max(len(part) for part in parts)
                 elif len(batch) == size:
                     # What was short of memory may have been another process: find out slowly.
-                    self.batch_pixels = min(GPU_BATCH_PIXELS, self.batch_pixels * 9 // 8)
+                    self.batch_pixels = min(self.most_pixels, self.batch_pixels * 9 // 8)
                 waiting.append((batch, torch.cat(parts)))
                 if len(waiting) > 1:
                     _fetch(waiting.pop(0), out)
@@ -315,7 +315,13 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
-_NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "unable to find an engine")
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "alloc_failed",
+    "allocation_failed",
+    "unable to find an engine",
+)
 
 
 def _halving_on_oom(run: Callable[[list[int]], Tensor], batch: list[int]) -> list[Tensor]:

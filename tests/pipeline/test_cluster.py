@@ -71,7 +71,8 @@ class Actor:
 before = os.sched_getscheduler(0)
 cluster.connect(Config(object_store_bytes=100 << 20))
 print("driver", before, os.sched_getscheduler(0))
-print("actor", *ray.get(cluster.beside_driver(Actor).remote().policies.remote()))
+actor = ray.remote(num_cpus=0)(Actor).remote()
+print("actor", *ray.get(actor.policies.remote()))
 for process in psutil.Process().children(recursive=True):
     with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended since
         command = process.cmdline() or [process.name()]

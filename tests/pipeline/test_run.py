@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -246,6 +247,26 @@ def test_nothing_but_the_output_is_left_behind(scored):
     tables = {"plan", "frame_scores", "failures", "scores"}
     assert names == tables | {"run.json", "runs", "_checkpoint"}
     assert not [p for p in out.rglob("*") if "partial" in p.name or "pending" in p.name]
+
+
+def actors_of_runs():
+    """Processes of a run's own actors: its monitor and its scorers."""
+    family = psutil.Process().children(recursive=True)
+    return [p for p in family if re.match(r"ray::(Monitor|.*ScoreUnits)", title_of(p))]
+
+
+def title_of(process):
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def test_no_process_of_a_run_outlives_it(scored):
+    assert scored[1].frames_scored
+    deadline = time.monotonic() + 30
+    while left := actors_of_runs():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_the_same_command_again_decodes_and_changes_nothing(scored, folder):
