@@ -3,10 +3,10 @@
     python benchmarks/precision.py FOLDER --count 200 --json results.json
 
 What the device has is run: on a GPU fp16 and bf16, on a CPU bf16 with AMX and int8 with VNNI. What
-a CPU has not in 16 bits is imitated: weights and the result of every convolution are rounded, sums
-are kept in fp32, which is what tensor cores do; the last bits differ. For a card that is not
-bundled, and without --weights, weights are made from the names of parameters. Reads JPEG and PNG.
-Needs topiq_core, torch, torchvision and numpy only.
+a CPU has not in 16 bits is imitated as a GPU has it: weights and the result of every convolution
+are rounded, products of tokens are in fp16, sums are kept in fp32, which is what tensor cores do;
+the last bits differ. For a card that is not bundled, and without --weights, weights are made from
+the names of parameters. Reads JPEG and PNG. Needs topiq_core, torch, torchvision and numpy only.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from topiq_core.scorer import Scorer  # noqa: E402
 
 
 def rounded(scorer: Scorer, kind: torch.dtype) -> Scorer:
-    """Make an fp32 scorer's maps and weights go through a 16-bit type."""
+    """Make an fp32 scorer's maps and weights go through a 16-bit type, as on a GPU."""
 
     def through(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         return out.to(kind).float()
@@ -43,6 +43,7 @@ def rounded(scorer: Scorer, kind: torch.dtype) -> Scorer:
         for module in part.modules():
             if isinstance(module, FusedConv):
                 module.register_forward_hook(through)
+    scorer.net.narrow_products(torch.float16)
     return scorer
 
 

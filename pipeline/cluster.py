@@ -1,6 +1,7 @@
 """Ray: connect to the cluster at hand or start one here, and share out its CPUs and GPUs."""
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -239,14 +240,20 @@ def _end_idle_servers() -> None:
         end(check_alive=False)
 
 
+def _scorers_on_a_gpu(config: Config) -> int:
+    """A scorer's part of a GPU is of one GPU: of three quarters there is room for one on each."""
+    return int(1 / config.gpus_per_actor)
+
+
 def _await_nodes(config: Config) -> None:
     from ray.autoscaler.sdk import request_resources
 
     bundles: list[dict[str, float]] = [{"CPU": 1}] * max(2, config.decode_tasks)
-    gpus = 0.0
+    gpus = 0
     if config.device == "cuda":
-        gpus = max(1, config.score_actors) * config.gpus_per_actor
-        bundles += [{"GPU": config.gpus_per_actor}] * max(1, config.score_actors)
+        actors = max(1, config.score_actors)
+        gpus = math.ceil(actors / _scorers_on_a_gpu(config))
+        bundles += [{"GPU": config.gpus_per_actor}] * actors
     request_resources(bundles=bundles)
     patience = time.monotonic() + config.wait_for_nodes_s
     while True:
@@ -256,7 +263,7 @@ def _await_nodes(config: Config) -> None:
         if time.monotonic() > patience:
             raise RunError(
                 f"the cluster has {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs after "
-                f"{config.wait_for_nodes_s:g} s; 2 CPUs and {gpus:g} GPUs are needed. Check the "
+                f"{config.wait_for_nodes_s:g} s; 2 CPUs and {gpus} GPUs are needed. Check the "
                 "autoscaler, or raise wait_for_nodes_s."
             )
         time.sleep(1)
@@ -405,7 +412,8 @@ def shares(config: Config, largest_pixels: int | None = None, units: int | None 
     kept = (decode_cpus + light_cpus) * len(places)
     most_actors = sys.maxsize if units is None else max(1, units)
     if use_gpus:
-        actors = config.score_actors or min(most_actors, max(1, int(gpus / config.gpus_per_actor)))
+        most_actors = min(most_actors, int(gpus) * _scorers_on_a_gpu(config))
+        actors = config.score_actors or max(1, most_actors)
         most, threads = (sum(places) - max(2.0, kept)) / actors, 1
     else:
         each = _SCORER_BYTES + _SCORER_BYTES_A_PIXEL * (largest_pixels or config.max_pixels)

@@ -47,7 +47,7 @@ from topiq_core.weights import Weights
 T = TypeVar("T")
 
 # Counts up when decoding, colour, sampling or arithmetic changes what a score is of.
-SCORING_VERSION = 5
+SCORING_VERSION = 6
 _ROWS_PER_GROUP = 8192
 # Renditions of one reference frame that are decoded, and held, together.
 MOST_RENDITIONS = 8

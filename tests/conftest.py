@@ -11,8 +11,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Before Ray is imported, as the commands do it: what a test starts listens on loopback only.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-from jobs.sample_media import encode, landscape, pan
-
 # A busy machine is slow, and no test is about that.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
@@ -36,6 +34,8 @@ def data_dir(real_media: Path | None) -> Path:
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One short clip per codec and container, 96x64, 40 frames at 25 a second, 12 to a GOP."""
+    from jobs.sample_media import encode, pan  # not where there is no PyAV: test_gpu.py needs none
+
     folder = tmp_path_factory.mktemp("clips")
     kinds = {
         "h264.mp4": ("libx264", {"bf": "2", "crf": "20"}),
@@ -57,4 +57,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def picture():
     """A generated picture, uint8 RGB [80, 120, 3]."""
+    from jobs.sample_media import landscape
+
     return landscape(80, 120, seed=5)

@@ -143,23 +143,43 @@ class FusedConv(nn.Module):
         return out
 
     def _cudnn(self, x: Tensor, added: Tensor | None) -> Tensor | None:
-        """All of it in one kernel of cuDNN's, or None where there is no such kernel."""
+        """All of it in one kernel of cuDNN's, or None where there is no such kernel.
+
+        The kernel may read what it is to add even when it adds none of it, and what has not been
+        written may be NaN: so it is given the map that it convolves, which is larger.
+        """
         if not (self.by_cudnn and x.is_cuda and x.dtype in _CUDNN_TYPES) or is_compiling():
             return None
-        out: Tensor
-        geometry = (self.stride, self.padding, [1, 1], self.groups)
-        try:
+        part, geometry = 1.0, (self.stride, self.padding, [1, 1], self.groups)
+        if added is None:
+            part, added = 0.0, self._beside(x)
             if added is None:
-                out = torch.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
-            else:
-                run = torch.cudnn_convolution_add_relu
-                out = run(x, self.weight, added, 1.0, self.bias, *geometry)
+                return None
+        run = torch.cudnn_convolution_add_relu
+        try:
+            out: Tensor = run(x, self.weight, added, part, self.bias, *geometry)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError:
-            self.by_cudnn = False  # not tried again
+            # cuDNN has no such kernel, or no memory for it. Only in the first case is there memory
+            # for the plain convolution; then this is not tried again.
+            F.conv2d(x, self.weight, self.bias, *geometry)
+            self.by_cudnn = False
             return None
         return out
+
+    def _beside(self, x: Tensor) -> Tensor | None:
+        """The memory of x as a map of the output's shape, where it is enough."""
+        n, _, height, width = x.shape
+        (kernel, _), (stride, _), (padding, _) = self.weight.shape[2:], self.stride, self.padding
+        rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        channels = self.weight.shape[0]
+        dense = x.is_contiguous(memory_format=torch.channels_last)
+        if not dense or n * channels * rows * columns > x.numel():
+            return None
+        of_row = columns * channels
+        strides = (rows * of_row, 1, of_row, channels)
+        return x.as_strided((n, channels, rows, columns), strides)
 
     def _winograd_of(self, x: Tensor) -> bool:
         return self._wide_3x3 and x.dtype == torch.float32 and winograd.pays(x)

@@ -12,8 +12,9 @@ Exact in real arithmetic; fp32 scores agree with the plain module within 2e-5:
   maps can be computed once for many distorted images.
 - Position embeddings are kept by grid.
 
-In fewer bits it is another function. Tokens are in fp32 (but for their products in 8-bit networks
-on a CPU with AMX, see int8.py), and so is the first stage of a backbone that says so.
+In fewer bits it is another function. Tokens are in fp32, but for their products of matrices on
+hardware that has 16-bit ones and little else (`narrow_products`), and so is the first stage of a
+backbone that says so.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from topiq_core.blocks import Bottleneck, InvertedResidual
 from topiq_core.cfanet import (
     LEVELS,
+    Attention,
     CFANet,
     GatedPoolingFR,
     GatedPoolingNR,
@@ -36,7 +38,7 @@ from topiq_core.cfanet import (
 from topiq_core.convolution import Activation, FusedConv, Residual
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-# Of the maps. Tokens are fp32: 16-bit attention costs most of the accuracy and gains little.
+# Of the maps. Tokens are fp32: rounding them costs most of the accuracy.
 MAP_TYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -102,6 +104,18 @@ class InferenceNet(nn.Module):
         self.narrow = precision != "fp32"
         self._positions: dict[tuple[int, int], Tensor] = {}
 
+    def narrow_products(self, kind: torch.dtype) -> None:
+        """Compute products of matrices in attention blocks in 16 bits.
+
+        A GPU has no tensor cores for fp32: there they would take as long as the rest of a network
+        in 16 bits. A LayerNorm comes before all of them, so that fp16 has the range for them.
+        """
+        judge = self.net
+        judge.attn_pool = ProductsIn(kind, judge.attn_pool)  # type: ignore[assignment]
+        for blocks in (judge.sa_attn_blks, judge.attn_blks):
+            for i, block in enumerate(blocks):
+                blocks[i] = ProductsIn(kind, block)
+
     def forward(self, image: Tensor, reference: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """Score images.
 
@@ -162,7 +176,7 @@ class InferenceNet(nn.Module):
             )
         for start, end in strips:
             top = max(0, start - margin)
-            part = x[:, :, top : end + margin]
+            part = _rows(x, top, end + margin)
             out: Tensor = self.stages[level](self.entry(part) if level == 0 else part)
             out = out[:, :, (start - top) // stride : -((top - end) // stride)]
             if len(strips) == 1:
@@ -191,6 +205,27 @@ class Normalised(nn.Module):
         """RGB [N,3,h,w], uint8 or float in 0..1, to zero mean and unit deviation."""
         peak = 255 if x.dtype == torch.uint8 else 1
         return (x - peak * self.mean).mul_(1 / (peak * self.std)).to(self.map_type)
+
+
+class ProductsIn(nn.Module):
+    """A block of attention with its matrix products in 16 bits; its norms and sums stay in fp32."""
+
+    def __init__(self, kind: torch.dtype, block: nn.Module) -> None:
+        super().__init__()
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.to(kind)
+            elif isinstance(module, Attention):
+                for weight in (module.in_proj_weight, module.in_proj_bias):
+                    weight.data = weight.data.to(kind)
+        self.kind = kind
+        self.block = block
+
+    def forward(self, *tokens: Tensor) -> Tensor:
+        """[N,T,D] each -> [N,T,D], fp32."""
+        with torch.autocast(tokens[0].device.type, self.kind, cache_enabled=False):
+            out: Tensor = self.block(*tokens)
+        return out
 
 
 class _As(nn.Module):
@@ -301,9 +336,11 @@ class _GateFR(nn.Module):
 
 
 def _error(d: Tensor, r: Tensor) -> Tensor:
-    """|d - r|, never zero, [N,C,h,w]; fp32 within, as 16-bit floats cannot hold the square."""
-    if not d.is_cpu or d.dtype != torch.float32:
-        return (d.float() - r).square_().add_(1e-12).sqrt_().to(d.dtype)
+    """|d - r|, never zero, [N,C,h,w]: the root of its square and 1e-12."""
+    if d.dtype != torch.float32:  # 16 bits do not hold the square; this is the same to 4e-7
+        return (d - r).abs_().clamp_(min=1e-6)
+    if not d.is_cpu:
+        return (d - r).square_().add_(1e-12).sqrt_()
     error = torch.empty_like(d)
     for start, end in _strips(d, _CACHED // d.shape[1], 1):
         part = error[:, :, start:end]
@@ -337,7 +374,7 @@ def _pooled(
     strips: list[list[Tensor]] = []
     for start, end in _strips(sides[0], positions, 4 * _GATE_MARGIN):
         top = max(0, start - _GATE_MARGIN)
-        parts = [x[:, :, top : end + _GATE_MARGIN] for x in sides]
+        parts = [_rows(x, top, end + _GATE_MARGIN) for x in sides]
         gate, maps = gated(*parts, slice(start - top, end - top))
         strips.append([_by_columns(x, gate, grid[1]) if shrinks else x * gate for x in maps])
     whole = [
@@ -345,7 +382,8 @@ def _pooled(
         for parts in zip(*strips, strict=True)
     ]
     if shrinks:
-        whole = [F.adaptive_avg_pool2d(x, grid) for x in whole]
+        # In fp32: these are what tokens are made of, and few.
+        whole = [F.adaptive_avg_pool2d(x.float(), grid) for x in whole]
     return torch.cat(whole, dim=1)
 
 
@@ -375,6 +413,12 @@ def _strips(x: Tensor, positions: int, least: int) -> Iterator[tuple[int, int]]:
     rows = max(least, positions // (n * width) // 2 * 2)
     for start in range(0, height, rows):
         yield start, min(start + rows, height)
+
+
+def _rows(x: Tensor, start: int, end: int) -> Tensor:
+    """Rows of a map [N,C,h,w]. Dense on a GPU, where every convolution would make its own copy."""
+    part = x[:, :, start:end]
+    return part if x.is_cpu else part.contiguous(memory_format=torch.channels_last)
 
 
 def _of(bias: Tensor | None) -> Tensor:

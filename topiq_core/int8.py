@@ -18,7 +18,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from topiq_core.cfanet import Attention
 from topiq_core.convolution import HAS_AMX, POST_OPS, FusedConv, Residual
 from topiq_core.inference import GateNR, InferenceNet, Normalised
 
@@ -232,26 +231,6 @@ class _MaxPool(nn.Module):
         return x
 
 
-class _ProductsInBf16(nn.Module):
-    """A block of attention with its matrix products in bf16; its norms and sums stay in fp32."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        for module in block.modules():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
-            elif isinstance(module, Attention):
-                for weight in (module.in_proj_weight, module.in_proj_bias):
-                    weight.data = weight.data.to(torch.bfloat16)
-        self.block = block
-
-    def forward(self, *tokens: Tensor) -> Tensor:
-        """[N,T,D] each -> [N,T,D], fp32."""
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            out: Tensor = self.block(*tokens)
-        return out
-
-
 def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
     """Turn a no-reference network, made for int8 and not run yet, into an 8-bit one.
 
@@ -294,11 +273,7 @@ def quantise(net: InferenceNet, pictures: Iterable[Tensor]) -> None:
         raise TypeError(f"{type(module).__name__} has no 8-bit form.")
 
     if HAS_AMX:
-        judge = net.net
-        judge.attn_pool = _ProductsInBf16(judge.attn_pool)  # type: ignore[assignment]
-        for blocks in (judge.sa_attn_blks, judge.attn_blks):
-            for i, block in enumerate(blocks):
-                blocks[i] = _ProductsInBf16(block)
+        net.narrow_products(torch.bfloat16)
 
     taken = _PIXELS
     if net.exact_start:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,13 @@ class Scorer:
         self.card = card
         self.device = device
         self.sha256 = sha256
-        self.net = InferenceNet(net, precision).to(device)
+        self.net = InferenceNet(net, precision)
+        self._uploads: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._uploads = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if precision != "fp32":
+                self.net.narrow_products(torch.float16)
+        self.net.to(device)
         if precision == "int8":
             quantise(self.net, (self._prepare(_as_list([p])) for p in agreement.pictures()[1]))
         self.batch_pixels = self.most_pixels = GPU_BATCH_PIXELS
@@ -160,7 +166,7 @@ class Scorer:
         for index, images in enumerate(items):
             h, w = images[0].shape[:2]
             by_size.setdefault((int(h), int(w)), []).append(index)
-        waiting: list[tuple[list[int], Tensor]] = []
+        waiting: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
         for (h, w), indices in by_size.items():
             while indices:
                 size = self._batch_size(h, w)
@@ -171,7 +177,7 @@ class Scorer:
                 elif len(batch) == size:
                     # What was short of memory may have been another process: find out slowly.
                     self.batch_pixels = min(self.most_pixels, self.batch_pixels * 9 // 8)
-                waiting.append((batch, torch.cat(parts)))
+                waiting.append((batch, *self._sent(torch.cat(parts))))
                 if len(waiting) > 1:
                     _fetch(waiting.pop(0), out)
         for done in waiting:
@@ -180,6 +186,15 @@ class Scorer:
         if curve is not None:
             out = 1 / (1 + np.exp(-(out - np.float32(curve.middle)) / np.float32(curve.width)))
         return out
+
+    def _sent(self, scores: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Scores on their way to the CPU, and their arrival: before what the GPU is given next."""
+        if self._uploads is None:
+            return scores.cpu(), None
+        there = scores.to("cpu", non_blocking=True)
+        arrival = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        arrival.record(torch.cuda.current_stream(self.device))
+        return there, arrival
 
     def _batch_size(self, h: int, w: int) -> int:
         if self.device.type == "cpu":
@@ -206,14 +221,12 @@ class Scorer:
 
     def _prepare(self, frames: list[Tensor]) -> Tensor:
         """uint8 [H,W,3] each -> uint8 [N,3,H,W] on the device; if the card resizes, float 0..1."""
-        uploads = self.device.type == "cuda" and frames[0].device.type == "cpu"
-        if uploads:  # pinned, so that the copy does not hold up the host
-            shape = (len(frames), *frames[0].shape)
-            room = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-            stacked = torch.stack(frames, out=room)
+        if self._uploads is not None and frames[0].device.type == "cpu":
+            x = self._uploaded(frames, self._uploads)
         else:
             stacked = frames[0].contiguous()[None] if len(frames) == 1 else torch.stack(frames)
-        x = stacked.to(self.device, non_blocking=uploads).permute(0, 3, 1, 2)
+            x = stacked.to(self.device)
+        x = x.permute(0, 3, 1, 2)
         short_side = self.card.short_side
         if short_side is None:
             return x
@@ -221,6 +234,22 @@ class Scorer:
         return F.interpolate(
             x.float() / 255, size=size, mode="bilinear", antialias=True, align_corners=False
         )
+
+    def _uploaded(self, frames: list[Tensor], stream: torch.cuda.Stream) -> Tensor:
+        """uint8 [H,W,3] each -> uint8 [N,H,W,3] on the GPU, copied while it is still at work.
+
+        From pinned memory, so that the copy does not hold up the host, and on a stream of its own,
+        so that it does not wait for the batch before.
+        """
+        shape = (len(frames), *frames[0].shape)
+        room = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        stacked = torch.stack(frames, out=room)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(stream):
+            x = stacked.to(self.device, non_blocking=True)
+        computing.wait_stream(stream)
+        x.record_stream(computing)
+        return x
 
 
 def _require_gpu(device: str) -> None:
@@ -260,23 +289,35 @@ def _full_fp32() -> Iterator[None]:
     """What is computed in fp32 is: TF32, or bf16 in its place, changes scores in the third digit.
 
     Convolutions on recent GPUs take TF32 unless they are told not to, products of matrices when
-    the process asked for it (`torch.set_float32_matmul_precision`), on CPUs with AMX too.
+    the process asked for it (`torch.set_float32_matmul_precision`), on CPUs with AMX too. PyTorch
+    keeps an older and a newer setting of each, and refuses to compute on a GPU while they differ.
     """
     gpu, cudnn, onednn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    kinds = [gpu.matmul, cudnn.conv, onednn.conv, onednn.matmul]  # type: ignore[attr-defined]
+    kinds = [gpu.matmul, cudnn.conv, cudnn.rnn, onednn.conv, onednn.matmul]  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
+    products, convolutions = "highest", True  # as PyTorch has them by default
+    with suppress(RuntimeError):  # they differ from the newer ones, which were set alone
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = cudnn.allow_tf32
     try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
         for kind in kinds:
             kind.fp32_precision = "ieee"
         yield
     finally:
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32 = convolutions
         for kind, precision in zip(kinds, before, strict=True):
             kind.fp32_precision = precision
 
 
-def _fetch(done: tuple[list[int], Tensor], out: Scores) -> None:
-    batch, scores = done
-    out[batch] = scores.cpu().numpy()
+def _fetch(done: tuple[list[int], Tensor, torch.cuda.Event | None], out: Scores) -> None:
+    batch, scores, arrival = done
+    if arrival is not None:
+        arrival.synchronize()
+    out[batch] = scores.numpy()
 
 
 def _as_list(frames: Frames) -> list[Tensor]:

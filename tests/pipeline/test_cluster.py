@@ -252,10 +252,11 @@ def test_there_are_no_more_scorers_than_units(monkeypatch, nodes, units, scorers
         ([(2, 8, 1)] * 4, 0.5),
         ([(0, 32, 0), (4, 16, 1), (4, 16, 1)], 0.25),
         ([(1, 4, 1)] * 8, 1.0),
+        ([(8, 32, 4)], 0.75),  # one on each: no scorer has parts of two
     ],
 )
 def test_scorers_on_gpus_leave_cpus_to_decode_with(monkeypatch, nodes, share):
     ledger(monkeypatch, *nodes)
     found = cluster.shares(Config(gpus_per_actor=share))
-    assert found.score_actors == sum(gpus for *_, gpus in nodes) / share
+    assert found.score_actors == sum(gpus for *_, gpus in nodes) * int(1 / share)
     assert_decoders_have_room(found, nodes)

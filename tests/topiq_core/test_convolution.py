@@ -58,3 +58,27 @@ def test_a_wide_convolution_is_that_of_pytorch_on_small_maps_and_on_large_ones_i
         for x in maps:
             found = ours(x.to(memory_format=torch.channels_last))
             torch.testing.assert_close(found, F.relu(conv(x)), atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"),
+    [(1, 1, (9, 14)), (3, 1, (9, 14)), (3, 2, (9, 14)), (3, 2, (8, 1))],
+)
+def test_what_cudnn_may_read_in_place_of_a_sum_is_memory_of_its_input(kernel, stride, size):
+    conv = torch.nn.Conv2d(16, 16, kernel, stride, kernel // 2)
+    x = torch.randn(3, 16, *size).contiguous(memory_format=torch.channels_last)
+    found = FusedConv.of(conv, None, "relu")._beside(x)
+    assert found.shape == conv(x).shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert found.data_ptr() == x.data_ptr()
+    assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_an_input_that_is_too_small_or_has_gaps_stands_for_no_sum():
+    widening, keeping = (
+        FusedConv.of(torch.nn.Conv2d(16, out, 1), None, "relu") for out in (24, 16)
+    )
+    x = torch.randn(3, 16, 9, 14).contiguous(memory_format=torch.channels_last)
+    assert widening._beside(x) is None
+    assert keeping._beside(x) is not None
+    assert keeping._beside(x[:, :, 2:7]) is None

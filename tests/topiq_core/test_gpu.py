@@ -72,6 +72,17 @@ def test_sums_and_activations_within_a_kernel_change_no_score(precision):
     assert np.abs(in_steps - exact).max() <= bound
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_was_in_memory_before_is_in_no_score(precision):
+    scorer = on_gpu("topiq_nr", precision)
+    expected = scorer.score(FRAMES)
+    torch.cuda.empty_cache()
+    left = [torch.full((1 << 28,), torch.nan, device="cuda")]
+    left += [torch.full((1 << 17,), torch.nan, device="cuda") for _ in range(256)]
+    del left  # its room is what the next maps are made in
+    assert np.array_equal(scorer.score(FRAMES), expected)
+
+
 def test_renditions_score_as_their_pairs_do_on_a_gpu():
     scorer = on_gpu("topiq_fr")
     renditions = [noisy(FRAMES[1], seed) for seed in range(3)]

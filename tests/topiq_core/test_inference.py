@@ -8,8 +8,8 @@ import torch
 from golden.parameters import TOLERANCE, fill, noisy, picture
 
 from topiq_core.cards import Architecture
-from topiq_core.cfanet import CFANet
-from topiq_core.inference import InferenceNet, Strips
+from topiq_core.cfanet import CFANet, CrossAttentionLayer, SelfAttentionLayer
+from topiq_core.inference import InferenceNet, ProductsIn, Strips
 
 # As narrow as strips get: a few rows each, at every level of a picture of this height.
 NARROWEST = Strips(1, 1)
@@ -77,14 +77,17 @@ def test_a_batch_is_scored_as_its_images_are():
         assert net(batch).tolist() == pytest.approx(alone.tolist(), abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("products", [None, torch.float16])
 @pytest.mark.parametrize("mode", ["nr", "fr"])
-def test_a_sixteen_bit_network_scores_as_fp32_but_for_rounding(mode):
+def test_a_sixteen_bit_network_scores_as_fp32_but_for_rounding(mode, products):
     """Scores span several units here, and an untrained network amplifies what is rounded."""
     net = plain(mode, "mobilenet_v2")
     exact = InferenceNet(deepcopy(net))
     errors = {"fp16": 0.0, "bf16": 0.0}
     for precision in errors:
         rounded = InferenceNet(deepcopy(net), precision)
+        if products is not None:
+            rounded.narrow_products(products)
         for seed in range(2):
             frame = picture(seed, 97, 64)
             sides = [image(frame)] if mode == "nr" else [image(noisy(frame, seed)), image(frame)]
@@ -93,6 +96,22 @@ def test_a_sixteen_bit_network_scores_as_fp32_but_for_rounding(mode):
             errors[precision] = max(errors[precision], error)
     assert 0 < errors["fp16"] < 0.1
     assert errors["fp16"] < errors["bf16"] < 0.5
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(torch.float16, 3e-3), (torch.bfloat16, 0.02)])
+def test_products_of_tokens_in_sixteen_bits_stay_near_those_in_fp32(kind, bound):
+    torch.manual_seed(4)
+    tokens, memory = torch.randn(2, 30, 64), torch.randn(2, 50, 64)
+    for block, given in (
+        (SelfAttentionLayer(64, 4, 0.0), (tokens,)),
+        (CrossAttentionLayer(64, 4, 0.0), (tokens, memory)),
+    ):
+        ours = ProductsIn(kind, deepcopy(block.eval()))
+        with torch.inference_mode():
+            expected, found = block(*given), ours(*given)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, atol=bound, rtol=0)
 
 
 def test_one_reference_serves_a_batch_of_renditions():

@@ -12,8 +12,8 @@ from scipy import ndimage
 from jobs.sample_media import landscape
 from topiq_core import agreement, weights
 from topiq_core.cards import Architecture
-from topiq_core.cfanet import CFANet, CrossAttentionLayer, SelfAttentionLayer
-from topiq_core.convolution import HAS_AMX, HAS_VNNI, FusedConv
+from topiq_core.cfanet import CFANet
+from topiq_core.convolution import HAS_VNNI, FusedConv
 from topiq_core.inference import InferenceNet, Strips
 from topiq_core.int8 import (
     Affine,
@@ -25,7 +25,6 @@ from topiq_core.int8 import (
     _Known,
     _MaxPool,
     _observed,
-    _ProductsInBf16,
     _rounded,
     quantise,
 )
@@ -102,23 +101,6 @@ def test_a_product_of_rows_is_that_of_every_position():
     assert whole.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(strip, whole[:, :, 3:8], atol=1e-6, rtol=0)
     torch.testing.assert_close(whole, expected, atol=0.02, rtol=0)
-
-
-@needs_vnni
-@pytest.mark.skipif(not HAS_AMX, reason="this CPU has no AMX")
-def test_products_of_tokens_in_bf16_stay_near_those_in_fp32():
-    torch.manual_seed(4)
-    tokens, memory = torch.randn(2, 30, 64), torch.randn(2, 50, 64)
-    for block, given in (
-        (SelfAttentionLayer(64, 4, 0.0), (tokens,)),
-        (CrossAttentionLayer(64, 4, 0.0), (tokens, memory)),
-    ):
-        ours = _ProductsInBf16(deepcopy(block.eval()))
-        with torch.inference_mode():
-            expected, found = block(*given), ours(*given)
-        assert found.dtype == torch.float32
-        assert not torch.equal(found, expected)
-        torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
 
 
 def test_what_rounded_weights_do_to_a_mean_is_taken_off_the_bias():

@@ -340,6 +340,42 @@ def test_a_process_that_asked_for_less_than_fp32_gets_the_same_scores(scorer, al
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def newer_settings():
+    """Gives back what tests change in the newer settings of PyTorch's arithmetic."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    yield kinds
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
+
+
+@pytest.mark.parametrize("way", ["default", "older", "newer"])
+def test_pytorchs_two_settings_of_arithmetic_never_contradict_while_scoring(
+    scorer, alone, newer_settings, way
+):
+    """On a GPU PyTorch refuses to compute while they do; asking for them tells without one."""
+    older = torch.get_float32_matmul_precision()
+    if way == "older":
+        torch.set_float32_matmul_precision("high")
+    if way == "newer":
+        newer_settings[0].fp32_precision = "tf32"
+    asked = [kind.fp32_precision for kind in newer_settings]
+    seen = []
+
+    def look(*_):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    hook = scorer.net.register_forward_hook(look)
+    try:
+        assert np.array_equal(scorer.score(FRAMES[:1]), alone[:1])
+        assert [kind.fp32_precision for kind in newer_settings] == asked
+    finally:
+        hook.remove()
+        torch.set_float32_matmul_precision(older)
+    assert seen == [(False, False)]
+
+
 def test_a_gpu_that_is_not_there_is_a_card_error():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
