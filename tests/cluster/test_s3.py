@@ -49,7 +49,7 @@ def score(address, source, out):
     done = subprocess.run(
         [
             sys.executable, "-m", "jobs.score", source, "-o", out, "--json", "--sample", "all",
-            "--set", "unit_frames=8", "--set", "units_per_commit=2",
+            "--set", "unit_frames=15", "--set", "units_per_commit=2",
         ],
         cwd=REPOSITORY, env={**os.environ, **environment(address)},
         capture_output=True, text=True, timeout=LONG_S,

@@ -65,15 +65,6 @@ def test_json_is_one_object_per_event_and_nothing_else_on_stdout(scored):
             assert f"`{field}`" in documented, f"{event['event']}.{field} is not documented"
 
 
-def test_all_scored_exits_with_0_and_says_where(tmp_path, folder):
-    done = topiq(folder / "0.png", "--output", tmp_path / "out", module="score")
-    assert done.returncode == 0, done.stderr
-    (row,) = duckdb.sql(f"FROM '{tmp_path}/out/scores/*.parquet'").to_arrow_table().to_pylist()
-    assert done.stdout == f"{row['score']:.3f}  {folder / '0.png'}\n"
-    assert f"scores/{MODEL}.parquet" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -136,14 +127,20 @@ def test_a_condition_cannot_read_or_write_other_files(scored, tmp_path):
     assert not (tmp_path / "keep.csv").exists()
 
 
-def test_a_kept_manifest_can_be_scored_again(scored, tmp_path):
-    out, _ = scored
-    topiq("filter", out, "--where", "true", "--to", tmp_path / "keep.parquet")
-    done = topiq("score", tmp_path / "keep.parquet", "-o", tmp_path / "out")
+def test_a_kept_manifest_is_scored_again_with_exit_code_0_and_its_scores_are_printed(
+    scored, tmp_path
+):
+    keep, out = tmp_path / "keep.parquet", tmp_path / "out"
+    topiq("filter", scored[0], "--where", "true", "--to", keep)
+    done = topiq(keep, "--output", out, module="score")
     assert done.returncode == 0, done.stderr
-    again = pq.read_table(tmp_path / "out/scores" / f"{MODEL}.parquet")
+    again = pq.read_table(out / "scores" / f"{MODEL}.parquet")
     assert again.num_rows == 3
     assert again["manifest_score"].to_pylist() == again["score"].to_pylist()
+    lines = [f"{row['score']:.3f}  {row['uri']}" for row in again.to_pylist()]
+    assert sorted(done.stdout.splitlines()) == sorted(lines)
+    assert f"scores/{MODEL}.parquet" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_aggregate_pools_anew_without_scoring(scored, tmp_path):
@@ -165,22 +162,16 @@ def test_plan_estimates_without_scoring(tmp_path, folder):
     assert not (tmp_path / "out/frame_scores").exists()
 
 
-def test_an_estimate_can_use_the_speed_of_an_earlier_run(scored, tmp_path, folder):
-    out, _ = scored
-    done = topiq(
-        "plan", folder, "-o", tmp_path / "out", "--estimate", "--speed-from", out / "run.json"
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"of all CPU scorers in {out / 'run.json'}" in done.stdout
-    stage = json.loads((out / "run.json").read_text())["stages"]["score"]
-    assert f"{stage['pixels_per_s'] / 1e6:.1f} megapixels a second" in done.stdout
-
-
-def test_an_estimate_leaves_out_what_is_scored(scored, tmp_path, folder):
+def test_an_estimate_takes_the_speed_of_an_earlier_run_and_leaves_out_what_is_scored(
+    scored, tmp_path, folder
+):
     out, _ = scored
     copy = shutil.copytree(out, tmp_path / "copy")
     done = topiq("plan", folder, "-o", copy, "--estimate", "--speed-from", out / "run.json")
     assert done.returncode == 0, done.stderr
+    assert f"of all CPU scorers in {out / 'run.json'}" in done.stdout
+    stage = json.loads((out / "run.json").read_text())["stages"]["score"]
+    assert f"{stage['pixels_per_s'] / 1e6:.1f} megapixels a second" in done.stdout
     assert "3 of them scored already" in done.stdout
     assert "0.000 gigapixels to score" in done.stdout
 

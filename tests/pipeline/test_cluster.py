@@ -16,20 +16,6 @@ from pipeline.config import Config
 from topiq_core.environment import CPU_SCORER
 
 REPOSITORY = Path(__file__).parents[2]
-PROGRAM = """
-from pipeline import cluster
-from pipeline.config import Config
-from pipeline.errors import RunError
-cluster.connect(Config(object_store_bytes=100 << 20))
-import psutil
-family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-for process in family:
-    for connection in process.net_connections("inet"):
-        if connection.status == psutil.CONN_LISTEN:
-            print(process.name(), connection.laddr.ip, connection.laddr.port)
-"""
-
-
 TOO_LARGE = """
 import ray
 from pipeline import cluster
@@ -54,50 +40,64 @@ except RunError as error:
 """
 
 
-FAMILY = """
-import os
-from contextlib import suppress
-import psutil
-import ray
-from pipeline import cluster
-from pipeline.config import Config
-
-class Actor:
-    def policies(self):
-        before = os.sched_getscheduler(0)
-        cluster.take_precedence()
-        return before, os.sched_getscheduler(0)
-
-before = os.sched_getscheduler(0)
-cluster.connect(Config(object_store_bytes=100 << 20))
-print("driver", before, os.sched_getscheduler(0))
-actor = ray.remote(num_cpus=0)(Actor).remote()
-print("actor", *ray.get(actor.policies.remote()))
-for process in psutil.Process().children(recursive=True):
-    with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended since
-        command = process.cmdline() or [process.name()]
-        script = next((part for part in command if part.endswith(".py")), command[0])
-        print(os.sched_getscheduler(process.pid), os.path.basename(script))
-"""
-
-
 SCORER = """
 import json, os, sys
-import ray
-from pipeline import cluster
+from contextlib import suppress
+from pipeline import cluster  # before Ray, as commands do
 from pipeline.config import Config
+import psutil
+import ray
 
 class Actor:
     def environment(self):
         return dict(os.environ)
 
+    def policies(self):
+        before = policy()
+        cluster.take_precedence()
+        return before, policy()
+
+def policy(pid=0):
+    return os.sched_getscheduler(pid) if hasattr(os, "sched_getscheduler") else None
+
+def looked_at():
+    family = {"policies": [], "listeners": []}
+    for process in (me := psutil.Process()).children(recursive=True) + [me]:
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it has ended since
+            command = process.cmdline() or [process.name()]
+            script = next((part for part in command if part.endswith(".py")), command[0])
+            if process != me:
+                family["policies"].append((os.path.basename(script), policy(process.pid)))
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    family["listeners"].append((process.name(), connection.laddr.ip))
+    return family
+
 if sys.argv[1] == "started by others":
     ray.init(address="local", include_dashboard=False, object_store_memory=100 << 20, num_cpus=1)
+before = policy()
 cluster.connect(Config(object_store_bytes=100 << 20))
+after = policy()
 options = {"num_cpus": 0, "runtime_env": cluster.for_cpu_scorers()}
 actor = ray.remote(Actor).options(**options).remote()
-print(json.dumps([dict(os.environ), ray.get(actor.environment.remote())]))
+print(json.dumps({
+    "driver": [before, after], "actor": ray.get(actor.policies.remote()),
+    "environments": [dict(os.environ), ray.get(actor.environment.remote())], **looked_at(),
+}))
 """
+
+MINE = {"OMP_WAIT_POLICY": "ACTIVE", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+
+
+@pytest.fixture(scope="module")
+def started_here():
+    """What a process says that has started a cluster, and an actor in it."""
+    return json.loads(run(SCORER, "started here", **MINE))
+
+
+@pytest.fixture(scope="module")
+def started_by_others():
+    return json.loads(run(SCORER, "started by others", **MINE))
 
 
 def run(program, *arguments, **variables):
@@ -110,31 +110,28 @@ def run(program, *arguments, **variables):
     return done.stdout
 
 
-def test_a_cluster_started_here_listens_on_loopback_only():
-    lines = [line.split() for line in run(PROGRAM).splitlines()]
-    listeners = [(name, ip) for name, ip, *port in lines if port]
-    assert any("gcs_server" in name for name, _ in listeners)
-    assert [ip for _, ip in listeners if not is_loopback(ip)] == []
+def test_a_cluster_started_here_listens_on_loopback_only(started_here):
+    assert any("gcs_server" in name for name, _ in started_here["listeners"])
+    assert [ip for _, ip in started_here["listeners"] if not is_loopback(ip)] == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="Linux has these policies")
-def test_a_cluster_started_here_leaves_the_cpus_to_the_scorers():
-    driver, actor, *family = (line.split() for line in run(FAMILY).splitlines())
-    assert driver == ["driver", str(os.SCHED_OTHER), str(os.SCHED_OTHER)]
-    assert actor == ["actor", str(os.SCHED_BATCH), str(os.SCHED_OTHER)]
-    names = {name for _, name in family}
+def test_a_cluster_started_here_leaves_the_cpus_to_the_scorers(started_here):
+    assert started_here["driver"] == [os.SCHED_OTHER, os.SCHED_OTHER]
+    assert started_here["actor"] == [os.SCHED_BATCH, os.SCHED_OTHER]
+    family = started_here["policies"]
+    names = {name for name, _ in family}
     assert "raylet" in names
     assert not names & {"log_monitor.py", "monitor.py", "dashboard.py"}
-    giving_way = {name for policy, name in family if int(policy) == os.SCHED_BATCH}
+    giving_way = {name for name, policy in family if policy == os.SCHED_BATCH}
     assert names - giving_way == {"ray::Actor"}
 
 
-@pytest.mark.parametrize("ray_was", ["started here", "started by others"])
-def test_scorers_on_cpus_have_their_environment_and_the_driver_keeps_its_own(ray_was):
-    mine = {"OMP_WAIT_POLICY": "ACTIVE", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    driver, scorer = json.loads(run(SCORER, ray_was, **mine))
+@pytest.mark.parametrize("ray_was", ["started_here", "started_by_others"])
+def test_scorers_on_cpus_have_their_environment_and_the_driver_keeps_its_own(ray_was, request):
+    driver, scorer = request.getfixturevalue(ray_was)["environments"]
     assert {name: driver.get(name) for name in CPU_SCORER} == {
-        name: mine.get(name, os.environ.get(name)) for name in CPU_SCORER
+        name: MINE.get(name, os.environ.get(name)) for name in CPU_SCORER
     }
     assert {name: scorer[name] for name in CPU_SCORER} == CPU_SCORER
 

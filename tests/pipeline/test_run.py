@@ -59,8 +59,10 @@ class Recorder:
 
 
 def score_into(source, out, **options):
+    """A run with one scorer unless told otherwise, as each must load PyTorch first."""
     events = Recorder()
-    summary = run.score_catalog(str(source), str(out), Config(**options), events)
+    config = Config(**{"score_actors": 1} | options)
+    summary = run.score_catalog(str(source), str(out), config, events)
     return summary, events
 
 
@@ -111,7 +113,7 @@ FAILURES = {
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, folder):
     out = tmp_path_factory.mktemp("outputs") / "out"
-    summary, events = score_into(folder, out, sample="uniform:3")
+    summary, events = score_into(folder, out, sample="uniform:3", score_actors=0)
     return out, summary, events
 
 
@@ -286,22 +288,20 @@ def test_a_second_run_opens_no_file_that_is_as_it_was(tmp_path, clips):
     folder.mkdir()
     for name in ("h264.mp4", "vp9.webm"):
         shutil.copy(clips[name], folder)
-    manifest = tmp_path / "list.csv"
-    manifest.write_text("uri,split\ncatalog/h264.mp4,train\ncatalog/vp9.webm,train\n")
-    for source, out in ((folder, "out"), (manifest, "listed")):
-        score_into(source, tmp_path / out, sample="uniform:2")
+    out = tmp_path / "out"
+    score_into(folder, out, sample="uniform:2")
     for path in folder.iterdir():
         state = path.stat()
         path.write_bytes(bytes(state.st_size))
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    again, _ = score_into(folder, tmp_path / "out", sample="uniform:2")
-    assert (again.scored, again.failed, again.frames_scored) == (2, 0, 0)
-    manifest.write_text("uri,split\ncatalog/h264.mp4,test\ncatalog/vp9.webm,train\n")
-    again, _ = score_into(manifest, tmp_path / "listed", sample="uniform:2")
-    assert (again.scored, again.failed, again.frames_scored) == (2, 0, 0)
-    found = {name_of(r): r["split"] for r in rows(tmp_path / "listed", "scores")}
-    assert found == {"h264.mp4": "test", "vp9.webm": "train"}
-    other, _ = score_into(folder, tmp_path / "out", sample="uniform:3")
+    manifest = tmp_path / "list.csv"
+    for split in ("train", "test"):
+        manifest.write_text(f"uri,split\ncatalog/h264.mp4,{split}\ncatalog/vp9.webm,train\n")
+        again, _ = score_into(manifest, out, sample="uniform:2")
+        assert (again.scored, again.failed, again.frames_scored) == (2, 0, 0)
+        found = {name_of(r): r["split"] for r in rows(out, "scores")}
+        assert found == {"h264.mp4": split, "vp9.webm": "train"}
+    other, _ = score_into(folder, out, sample="uniform:3")
     assert other.failed == 2
 
 
@@ -413,7 +413,7 @@ def test_more_failures_than_allowed_stop_the_run(tmp_path, folder):
         shutil.copy(folder / "photo.jpg", path)
     (tmp_path / "list.csv").write_text("uri\n" + "\n".join(map(str, pictures)) + "\n")
     out = tmp_path / "out"
-    options = {"decode_tasks": 1, "score_actors": 1, "units_per_commit": 1}
+    options = {"decode_tasks": 1, "units_per_commit": 1}
     with pytest.raises(TooManyFailures, match="more work units failed than the 0"):
         score_into(tmp_path / "list.csv", out, fail_on_error=True, **options)
     assert json.loads((out / "run.json").read_text())["status"] == "failed"

@@ -78,7 +78,9 @@ def catalog(tmp_path_factory):
 
 
 def score(source, out, **options):
-    return run.score_catalog(str(source), str(out), Config(**options), lambda *_, **__: None)
+    """A run with one scorer, as each must load PyTorch first."""
+    config = Config(**{"score_actors": 1} | options)
+    return run.score_catalog(str(source), str(out), config, lambda *_, **__: None)
 
 
 def rows(out, table):
