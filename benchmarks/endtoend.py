@@ -10,6 +10,9 @@ counts, in which both stages work; starting Ray and planning do not, starting sc
 machine without a GPU both stages share the CPUs, so the best that a run can do there is the
 harmonic sum of the two, which is printed as well.
 
+Weights of a model that is not bundled are made from the names of its parameters if no --weights are
+given: they take as long as any.
+
 With --decode-bound the network is a mean of pixels, as if GPUs scored faster than CPUs decode; then
 a run is compared with decoding alone.
 """
@@ -30,6 +33,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from machine import summarised
+from model import made_weights
 
 from jobs.sample_media import encode, landscape
 from pipeline import cluster, score
@@ -152,7 +156,7 @@ def decode_bound(source: Path, folder: Path, rounds: int) -> list[dict[str, floa
 
 def against_both(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Frames a second of runs, and of each stage alone."""
-    model, weights = options.model, options.weights
+    model, weights = options.model, options.weights or made_weights(options.model, folder)
     # A short run tells how runs share this machine, with a clip for each scorer that it may have.
     first = clips(folder / "first", cluster.local_cpus(), FPS)
     shares = whole(first, folder / "out", model, weights, options.scorers)["cluster"]
