@@ -8,6 +8,7 @@ import posixpath
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -157,7 +158,7 @@ def _base(source: str) -> str:
     source = storage.absolute(source)
     fs, path = storage.locate(source)
     if fs.isfile(path):
-        return source.rpartition("/")[0]
+        return storage.without_query(source).rpartition("/")[0]
     folder = path if fs.isdir(path) else _MAGIC.split(path)[0].rpartition("/")[0]
     return storage.unstrip(fs, folder)
 
@@ -195,8 +196,9 @@ def _read(source: str) -> Catalog:
         fs, path = storage.locate(source)
         fs.invalidate_cache()
         if fs.isfile(path):
-            if PurePosixPath(path).suffix.lower() in MANIFEST_SUFFIXES:
-                return _manifest(source, fs, path)
+            suffix = PurePosixPath(storage.without_query(path)).suffix.lower()
+            if suffix in MANIFEST_SUFFIXES:
+                return _manifest(source, fs, path, suffix)
             return Catalog(_items([_Entry(source, True)]))
         if fs.isdir(path):
             return _listing(source, fs, _below(fs, [path]), "no files in this folder.")
@@ -258,10 +260,35 @@ def from_bytes(address: bytes) -> str:
 
 def _below(fs: Any, folders: Iterable[str]) -> Iterator[_Entry]:
     """All files below folders, but for hidden ones (.DS_Store, ._copy.mp4, .git)."""
+    if _lists_flat(fs):
+        for folder in folders:
+            yield from _keys_below(fs, folder)
+        return
     for _, entries in _walk(fs, folders):
         for name, info in entries:
             if not name.startswith(".") and _is_file(fs, info):
                 yield _entry(fs, info["name"], info)
+
+
+def _lists_flat(fs: Any) -> bool:
+    """Whether a store lists all keys with a prefix at once, in pages of a thousand.
+
+    Folder by folder, each would be a request, and a folder without a name (`a//b.mp4`) be missed.
+    """
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return "s3" in protocols
+
+
+def _keys_below(fs: Any, folder: str) -> Iterator[_Entry]:
+    try:
+        with _listed(fs, folder):
+            found = fs.find(folder, detail=True)
+    except FileNotFoundError:
+        return
+    for path, info in found.items():
+        parts = path.removeprefix(folder.rstrip("/") + "/").split("/")
+        if parts[-1] and not any(part.startswith(".") for part in parts) and _is_file(fs, info):
+            yield _entry(fs, path, info)
 
 
 def _glob(fs: Any, path: str) -> Iterator[_Entry]:
@@ -341,10 +368,24 @@ def _walk(fs: Any, folders: Iterable[str]) -> Iterator[tuple[str, _Entries]]:
 def _children(fs: Any, folder: str) -> _Entries:
     """What is in a folder; nothing when there is no such folder (any more). Raises CatalogError."""
     try:
-        listing = fs.ls(folder, detail=True)
+        with _listed(fs, folder):
+            listing = fs.ls(folder, detail=True)
     except FileNotFoundError:
         return []
-    except MemoryError:
+    own = folder.rstrip("/")  # some list the folder itself, and a file as what is in it
+    paths = ((info["name"].rstrip("/"), info) for info in listing)
+    return sorted(
+        ((path.rpartition("/")[2], info) for path, info in paths if path != own),
+        key=lambda entry: entry[0],
+    )
+
+
+@contextmanager
+def _listed(fs: Any, folder: str) -> Iterator[None]:
+    """What a store says of a folder, but that there is none, becomes a CatalogError."""
+    try:
+        yield
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # stores have exceptions of their own
         reason = str(error) or type(error).__name__
@@ -352,12 +393,6 @@ def _children(fs: Any, folder: str) -> _Entries:
             f"{storage.unstrip(fs, folder)}: this folder cannot be listed ({reason}), and what is "
             "in it would be missing. Check the rights there; if the store was busy, try again."
         ) from error
-    own = folder.rstrip("/")  # some list the folder itself, and a file as what is in it
-    paths = ((info["name"].rstrip("/"), info) for info in listing)
-    return sorted(
-        ((path.rpartition("/")[2], info) for path, info in paths if path != own),
-        key=lambda entry: entry[0],
-    )
 
 
 def _is_link(fs: Any, folder: str) -> bool:
@@ -383,14 +418,14 @@ def _entry(fs: Any, path: str, info: dict[str, Any]) -> _Entry:
     return _Entry(storage.unstrip(fs, path), explicit, stat)
 
 
-def _manifest(source: str, fs: Any, path: str) -> Catalog:
+def _manifest(source: str, fs: Any, path: str, suffix: str) -> Catalog:
     """A table with a `uri` column, and perhaps `reference_uri`.
 
     Relative paths are relative to the manifest.
     """
     try:
         with fs.open(path, "rb") as file:
-            table = _read_table(file, PurePosixPath(path).suffix.lower())
+            table = _read_table(file, suffix)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise CatalogError(f"{source}: not a readable manifest ({error}).") from error
     if "uri" not in table.column_names:
@@ -399,7 +434,7 @@ def _manifest(source: str, fs: Any, path: str) -> Catalog:
         )
     if table.num_rows == 0:
         raise CatalogError(f"{source}: the manifest is empty.")
-    base = source.rsplit("/", 1)[0]
+    base = storage.without_query(source).rsplit("/", 1)[0]
     given = table["uri"].cast(pa.string()).to_pylist()
     uris = []
     for number, uri in enumerate(given, start=1):

@@ -7,9 +7,10 @@ import contextlib
 import errno
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any, TypeGuard, cast
 from urllib.parse import unquote
@@ -53,14 +54,21 @@ class Stat:
     etag: str | None
 
 
-_URL = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)(?P<user>[^\s/@]*@)?(?P<rest>[^\s'\"<>)]*)")
-_PARAMETER = re.compile(r"(?P<name>[?&;][^=&;\s]+)=(?P<value>[^&;\s]*)")
+_USER = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*)://(?P<user>[^\s/?#@]*@)")
+_PARAMETER = re.compile(r"(?P<name>[?&;][^=&;\s]+)=(?P<value>[^&;\s'\"<>)]*)")
+# Other schemes have no parameters: an object's key may hold any of these characters.
+_HAS_PARAMETERS = re.compile(r"https?://", re.IGNORECASE)
+# Here the user's place is that of the container: abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/.
+_WITH_CONTAINER = {"abfs", "abfss", "wasb", "wasbs"}
 # Of addresses that are signed for a time: S3, Google, Aliyun, Tencent, CloudFront, Azure, Akamai.
 _SIGNING = re.compile(
-    r"x-(?:amz|goog|oss|cos|ms)-.*|signature|sig|token|security-token|policy|expires|key-pair-id"
-    r"|(?:aws|oss)?accesskeyid|googleaccessid|s[eprtv]|spr|sip|sk(?:oid|tid|[tesv])|hdn[a-z]*",
+    r"x-(?:amz|goog|oss|cos|ms)-.*|signature|sig|token|security-token|key-pair-id"
+    r"|(?:aws|oss)?accesskeyid|googleaccessid|hdn[a-z]*",
     re.IGNORECASE,
 )
+# What the signature is for and when it ends. By themselves they may say which item is meant.
+_SIGNED = re.compile(r"policy|expires", re.IGNORECASE)
+_SIGNED_BY_AZURE = re.compile(r"s[eprtv]|spr|sip|sk(?:oid|tid|[tesv])", re.IGNORECASE)
 # Anywhere in a name; or as a whole word of it: `api_key` and `userAuth`, not `keyframe`, `author`.
 _SECRET = re.compile(
     r"secret|passw|passphrase|credential|token|signature|oauth|(?:api|access|private|auth)key"
@@ -79,29 +87,50 @@ def redacted(text: str) -> str:
     returned as it is, but for bytes of file names that are not UTF-8: they are escaped, since
     neither Parquet nor a terminal can take them.
     """
+    if "://" in text:
+        text = _USER.sub(_without_user, text)
+    if _HAS_PARAMETERS.search(text):
+        signing = _signing(text)
 
-    def clean(match: re.Match[str]) -> str:
-        return match["scheme"] + _PARAMETER.sub(_without_secret, match["rest"])
+        def clean(parameter: re.Match[str]) -> str:
+            name, secret = parameter["name"], signing(parameter) or _is_secret(parameter)
+            return f"{name}=REDACTED" if secret else parameter[0]
 
-    return _URL.sub(clean, text).encode("utf-8", "backslashreplace").decode()
+        text = _PARAMETER.sub(clean, text)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def unsigned(address: str) -> str:
     """An address without what signs it for a time: the same for the same object."""
+    if not _HAS_PARAMETERS.search(address):
+        return address
+    signing = _signing(address)
+    return _PARAMETER.sub(lambda found: "" if signing(found) else found[0], address)
 
-    def clean(match: re.Match[str]) -> str:
-        return "" if _SIGNING.fullmatch(match["name"][1:]) else match[0]
 
-    return _PARAMETER.sub(clean, address)
+def _without_user(match: re.Match[str]) -> str:
+    if match["scheme"].lower() in _WITH_CONTAINER and ":" not in match["user"]:
+        return match[0]
+    return f"{match['scheme']}://"
 
 
-def _without_secret(parameter: re.Match[str]) -> str:
-    given, value = parameter["name"][1:], parameter["value"]
-    name = _HUMP.sub("_", unquote(given))
-    names_a_file = value.lower().endswith(MEDIA_SUFFIXES) and _OBJECT_KEY.fullmatch(name)
-    if _SIGNING.fullmatch(given) or (_SECRET.search(name) and not names_a_file):
-        return f"{parameter['name']}=REDACTED"
-    return parameter[0]
+def _signing(text: str) -> Callable[[re.Match[str]], bool]:
+    """Whether a parameter is part of what signs an address, told by all that a text has."""
+    parameters = list(_PARAMETER.finditer(text))
+    patterns = [_SIGNING]
+    if any(_SIGNING.fullmatch(p["name"][1:]) or _is_secret(p) for p in parameters):
+        patterns.append(_SIGNED)
+    if any(p["name"][1:].lower() == "sig" for p in parameters):
+        patterns.append(_SIGNED_BY_AZURE)
+    return lambda found: any(pattern.fullmatch(found["name"][1:]) for pattern in patterns)
+
+
+def _is_secret(parameter: re.Match[str]) -> bool:
+    name = _HUMP.sub("_", unquote(parameter["name"][1:]))
+    names_a_file = parameter["value"].lower().endswith(MEDIA_SUFFIXES)
+    if names_a_file and _OBJECT_KEY.fullmatch(name):
+        return False
+    return bool(_SECRET.search(name))
 
 
 def locate(url: str) -> tuple[Any, str]:
@@ -112,7 +141,7 @@ def locate(url: str) -> tuple[Any, str]:
     if "://" not in url:  # also with a `::`, which chains URLs
         return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = _opened(url)
     except ImportError as error:
         extra = _EXTRAS.get(url.split("://")[0])
         what = f"Install it: pip install -e '.[{extra}]'" if extra else str(error).rstrip(".")
@@ -126,8 +155,24 @@ def locate(url: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
+def _opened(url: str) -> tuple[Any, Any]:
+    """As fsspec does, but for keys of objects in which a `::` stands that chains no URLs."""
+    scheme, _, rest = url.partition("://")
+    if "::" not in rest or "://" in rest or scheme not in _STORES:
+        return cast(tuple[Any, Any], fsspec.core.url_to_fs(url))
+    kind: Any = fsspec.get_filesystem_class(scheme)
+    return kind(**kind._get_kwargs_from_urls(url)), kind._strip_protocol(url)
+
+
+# Schemes of what holds objects or files itself, unlike `zip` and `simplecache`.
+_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https"}
 # Which extra of ours installs what reads a scheme.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+
+
+def without_query(address: str) -> str:
+    """An address without its parameters, of those that have any."""
+    return address.partition("?")[0] if _HAS_PARAMETERS.match(address) else address
 
 
 def is_local(url: str) -> bool:
@@ -175,6 +220,9 @@ def stat_from_info(info: dict[str, Any]) -> Stat:
         modified = modified.timestamp()
     mtime = float(modified) if isinstance(modified, int | float) else None
     etag = info.get("ETag") or info.get("etag")
+    if not etag and (said := info.get("Last-Modified")):  # of a web server
+        with contextlib.suppress(ValueError):
+            mtime = parsedate_to_datetime(said).timestamp()
     if etag and mtime is not None:
         mtime = float(
             int(mtime)

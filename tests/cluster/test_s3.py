@@ -14,7 +14,7 @@ from cluster.s3_server import ACCESS_KEY, LISTING, SECRET_KEY, FaultyProxy, envi
 from PIL import Image
 
 from jobs.sample_media import encode, landscape, pan
-from pipeline import catalog
+from pipeline import catalog, storage
 
 REPOSITORY = Path(__file__).parents[2]
 LONG_S = 300
@@ -97,6 +97,26 @@ def test_a_prefix_with_more_keys_than_a_listing_holds_is_listed_whole(store, ser
     found = catalog.read("s3://bucket/many/")
     assert found.table.num_rows == count
     assert found.table["uri"][count - 1].as_py() == f"s3://bucket/many/{count - 1:04}.png"
+
+
+ODD = (
+    "a b.png", "x#y.png", "q?z=1.png", "p%20c.png", "é.png", "s::1.png", "st*r[1].png", "d//e.png",
+    "x&st=1.png", "x&st=2.png", "plus+.png",
+)  # fmt: skip
+
+
+def test_keys_with_odd_characters_are_listed_and_read_as_what_they_are(store, server, monkeypatch):
+    for name, value in environment(server).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    for key in (*ODD, "folder/"):
+        store.pipe_file(f"bucket/odd/{key}", key.encode())
+    addresses = catalog.read("s3://bucket/odd").table["address"].to_pylist()
+    found = {}
+    for address in map(catalog.from_bytes, addresses):
+        with storage.open_media(address) as file:
+            found[address] = file.read().decode()
+    assert found == {f"s3://bucket/odd/{key}": key for key in ODD}
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageFilter
 from scipy import stats
 
+from jobs import cli
 from jobs.sample_media import landscape
 from pipeline import evaluation, scatter
 from pipeline.evaluation import Evaluation, Failed, Group, Measure
@@ -175,15 +176,17 @@ def test_every_layout_is_documented():
         (["HERE/ratings.csv", "-o", "OUT", "--model", "topiq_nr,topiq_fr"], "one model at a time"),
     ],
 )
-def test_a_user_error_is_one_clear_line_and_exit_code_1(tmp_path, rated, arguments, said):
+def test_a_user_error_is_one_clear_line_and_exit_code_1(
+    tmp_path, rated, monkeypatch, capsys, arguments, said
+):
     places = {"HERE": str(rated), "OUT": str(tmp_path / "out")}
-    done = topiq(
-        "evaluate",
-        *[a.replace("OUT", places["OUT"]).replace("HERE", places["HERE"]) for a in arguments],
-    )
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    given = [a.replace("OUT", places["OUT"]).replace("HERE", places["HERE"]) for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["topiq", *given])
+    with pytest.raises(SystemExit) as ended:
+        cli.main("evaluate")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
 
 
 def example(**changes):

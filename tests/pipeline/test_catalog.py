@@ -15,6 +15,7 @@ import s3fs
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from web import serving
 
 from pipeline import catalog, schemas, storage
 from pipeline.errors import CatalogError
@@ -97,7 +98,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error_that_names_it(tmp_path, sour
 class Bucket(http.server.BaseHTTPRequestHandler):
     """Lists a bucket as S3 does, but for what lies below `shut/`."""
 
-    keys = ("both", "both/a.mp4", "open/b.mp4", "open/shut/c.mp4", "clips/a.mp4", "masters/a.mov")
+    keys = (
+        "both", "both/a.mp4", "open/b.mp4", "open/shut/c.mp4", "clips/a.mp4", "masters/a.mov",
+        "shards//1::2.mp4", "shards/.hidden/d.mp4", "shards/1/", "shards/1/e.mp4",
+    )  # fmt: skip
 
     def do_GET(self):
         asked = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
@@ -106,9 +110,10 @@ class Bucket(http.server.BaseHTTPRequestHandler):
             self.answer(403, "<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
             return
         below = [key.removeprefix(prefix) for key in self.keys if key.startswith(prefix)]
+        deep = [k for k in below if "/" in k and asked.get("delimiter")]
         files = [f"<Contents><Key>{prefix}{k}</Key><Size>1</Size></Contents>" for k in below
-                 if "/" not in k]  # fmt: skip
-        folders = {k.split("/")[0] for k in below if "/" in k}
+                 if k not in deep]  # fmt: skip
+        folders = {k.split("/")[0] for k in deep}
         named = [f"<CommonPrefixes><Prefix>{prefix}{f}/</Prefix></CommonPrefixes>" for f in folders]
         self.answer(200, f"<ListBucketResult>{''.join(files + named)}</ListBucketResult>")
 
@@ -140,10 +145,19 @@ def bucket(monkeypatch):
 
 
 @pytest.mark.usefixtures("bucket")
-@pytest.mark.parametrize("source", ["bucket", "bucket/open/", "bucket/**/*.mp4", "bucket/o*"])
+@pytest.mark.parametrize("source", ["bucket/**/*.mp4", "bucket/*/*/*.mp4", "bucket/open/s*"])
 def test_a_prefix_that_cannot_be_listed_is_an_error_that_names_it(source):
     with pytest.raises(CatalogError, match=r"s3://bucket/open/shut: .* listed .*No\..*rights"):
         catalog.read(f"s3://{source}")
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("source", ["bucket", "bucket/*", "bucket/shards", "bucket/sh*"])
+def test_keys_below_a_prefix_are_listed_flat_with_empty_and_odd_parts_of_names(source):
+    found = catalog.read(f"s3://{source}")
+    expected = ["s3://bucket/shards//1::2.mp4", "s3://bucket/shards/1/e.mp4"]
+    assert [uri for uri in uris(found) if "shards" in uri] == expected
+    assert storage.locate(expected[0])[1] == "bucket/shards//1::2.mp4"
 
 
 @pytest.mark.usefixtures("bucket")
@@ -370,6 +384,16 @@ def test_items_that_differ_in_a_credential_alone_are_not_taken_for_one(tmp_path)
     signed = [f"https://h/v.mp4?id=1&X-Amz-Signature={s}" for s in ("aa", "bb")]
     write_manifest(tmp_path / "b.csv", [{"uri": url} for url in signed])
     assert catalog.read(str(tmp_path / "b.csv")).duplicates == 1
+    frames = [f"https://h/frame?id=7&st={second}" for second in (10, 20)]
+    write_manifest(tmp_path / "c.csv", [{"uri": url} for url in frames])
+    assert catalog.read(str(tmp_path / "c.csv")).table["uri"].to_pylist() == frames
+
+
+def test_a_signed_address_of_a_manifest_leads_to_what_it_lists(tmp_path):
+    (tmp_path / "list.csv").write_text("uri\na.mp4\n")
+    with serving(tmp_path) as base:
+        found = catalog.read(f"{base}/list.csv?X-Amz-Signature=aa/bb").table
+    assert found["uri"].to_pylist() == [f"{base}/a.mp4"]
 
 
 def test_columns_of_any_type_are_carried_along_or_refused_by_name(tmp_path):

@@ -480,46 +480,45 @@ class CountingUnits(score.ScoreUnits):
         self.weights, self.config, self.monitor = weights, config, monitor
 
 
-if sys.argv[3] == "counting":
-    score.UNITS = dataclasses.replace(score.UNITS, score=CountingUnits)
 ray.init(
     address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False,
     object_store_memory=256 << 20,
 )
 config = Config(device="cuda", decode_tasks=1)
-run.score_catalog(sys.argv[1], sys.argv[2], config, lambda *_, **__: None)
+units = score.UNITS
+score.UNITS = dataclasses.replace(units, score=CountingUnits)
+run.score_catalog(sys.argv[1], sys.argv[2] + "/counted", config, lambda *_, **__: None)
+score.UNITS = units
+run.score_catalog(sys.argv[1], sys.argv[2] + "/own", config, lambda *_, **__: None)
 """
 
 
-def run_on_a_booked_gpu(folder, out, network):
-    command = [sys.executable, "-c", _ON_BOOKED_GPUS, str(folder), str(out), network]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def many_pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def on_a_booked_gpu(tmp_path_factory):
+    """Pictures scored where a GPU is one in Ray's ledger only: with a stub that counts frames, and
+    as users do it.
+    """
+    folder, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("booked")
     for seed in range(48):
         Image.fromarray(landscape(32, 48, seed=seed)).save(folder / f"{seed}.png")
-    return folder
+    command = [sys.executable, "-c", _ON_BOOKED_GPUS, str(folder), str(out)]
+    return out, subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_a_scorer_with_a_gpu_has_pictures_of_many_items_at_once(tmp_path, many_pictures):
-    """The GPU is one in Ray's ledger only, and the network counts frames."""
-    done = run_on_a_booked_gpu(many_pictures, tmp_path / "out", "counting")
-    assert done.returncode == 0, done.stderr
-    at_once = [row["score"][0] for row in rows(tmp_path / "out", "frame_scores")]
+def test_a_scorer_with_a_gpu_has_pictures_of_many_items_at_once(on_a_booked_gpu):
+    out, done = on_a_booked_gpu
+    assert (out / "counted/scores").exists(), done.stderr
+    at_once = [row["score"][0] for row in rows(out / "counted", "frame_scores")]
     assert len(at_once) == 48
     assert min(at_once) == 12  # of a fourth of the catalog, at least four parts for each decoder
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_run_says_why_a_booked_gpu_cannot_be_used(tmp_path, many_pictures):
-    done = run_on_a_booked_gpu(many_pictures, tmp_path / "out", "own")
+def test_a_run_says_why_a_booked_gpu_cannot_be_used(on_a_booked_gpu):
+    out, done = on_a_booked_gpu
     assert done.returncode == 1
     assert re.search(r"RunError: on node .*device 'cuda': there is no GPU", done.stderr)
-    assert rows(tmp_path / "out", "plan")
+    assert rows(out / "own", "plan")
 
 
 class LostGPU:

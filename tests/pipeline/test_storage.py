@@ -151,6 +151,8 @@ SIGNED = [
     ("https://acc.blob.core.windows.net/c/v.mp4?sv=2024&se=tomorrow&sig=s3cr3t", "s3cr3t", "tomo"),
     ("https://storage.googleapis.com/b/v.mp4?X-Goog-Signature=s3cr3t&GoogleAccessId=me", "s3cr3t"),
     ("https://user:hunter2@host/v.mp4", "hunter2", "user"),
+    ("abfss://user:hunter2@host/v.mp4", "hunter2", "user"),
+    ("https://cdn/a (1) v.mp4?Expires=9&Signature=s3cr3t&Key-Pair-Id=KPI7", "s3cr3t", "KPI7"),
     ("ftp://hunter2@host/v.mp4", "hunter2"),
     ("https://host/v.mp4?api_key=k3y&client-secret=s3cr3t&auth=a6", "k3y", "s3cr3t", "a6"),
     ("https://cdn/v.mp4?Policy=p0l&Key-Pair-Id=KPI7&token=t0k", "p0l", "KPI7", "t0k"),
@@ -194,6 +196,10 @@ def test_credentials_in_addresses_are_taken_out_also_inside_of_messages(address)
         "https://host/get?key=photos/1.jpg&author=me&keyframe=7&design=x",
         "https://host/get?objectKey=a%2Fb.MP4&monkey=1",
         "plain text",
+        "https://host/frame?id=7&st=10&se=2&sp=1",
+        "https://host/get?expires=never&policy=7",
+        "s3://bucket/x&st=1;sig=2?token=3.jpg",
+        "abfss://container@account.dfs.core.windows.net/v.mp4",
     ],
 )
 def test_what_holds_no_credentials_stays_as_it_is(text):
@@ -204,6 +210,14 @@ def test_an_address_signed_anew_is_the_same_item():
     first = redacted("https://h/v.mp4?id=7&X-Amz-Date=1&X-Amz-Signature=aa")
     assert first == redacted("https://h/v.mp4?id=7&X-Amz-Date=2&X-Amz-Signature=bb")
     assert first != redacted("https://h/v.mp4?id=8&X-Amz-Date=1&X-Amz-Signature=aa")
+    for signed in (
+        "https://h/{}?Expires={}&Signature={}&Key-Pair-Id=k",
+        "https://h/{}?st={}&sig={}",
+    ):
+        for name in ("v.mp4", "clip (1).mp4", "it's.mp4"):
+            once, again = (redacted(signed.format(name, *of)) for of in ((1, "aa"), (2, "bb")))
+            assert once == again
+            assert name in once
 
 
 class Chunked(http.server.BaseHTTPRequestHandler):
