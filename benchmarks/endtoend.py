@@ -38,6 +38,7 @@ from model import made_weights
 from jobs.sample_media import encode, landscape
 from pipeline import cluster, score
 from pipeline.config import Config
+from pipeline.lookup import Lookup
 from topiq_core import environment
 
 SAMPLE = "fps:1"
@@ -61,7 +62,9 @@ def decode_one(row: dict[str, object]) -> int:
     import pyarrow as pa
 
     units = pa.Table.from_pylist([row])
-    (found,) = score.decode_units(units, Config(sample=SAMPLE), "benchmark", {}, {}, None)
+    (found,) = score.decode_units(
+        units, Config(sample=SAMPLE), "benchmark", Lookup({}), Lookup({}), None
+    )
     return len(found["pts_s"][0])
 
 

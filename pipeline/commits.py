@@ -73,7 +73,7 @@ def earlier_attempts(output: Output, model: str) -> dict[str, int]:
         SELECT unit_id, max(attempt) FROM failures SEMI JOIN plan USING (unit_id)
         ANTI JOIN done USING (unit_id) WHERE stage <> 'plan' GROUP BY unit_id
     """
-    return dict(_connect(output, model).execute(query).fetchall())
+    return dict(_connect(output, model, "failures").execute(query).fetchall())
 
 
 def reopen(output: Output, model: str, codes: Collection[str]) -> int:
@@ -88,7 +88,8 @@ def reopen(output: Output, model: str, codes: Collection[str]) -> int:
         QUALIFY row_number() OVER (PARTITION BY unit_id ORDER BY finished_at DESC) = 1
             AND list_contains(?, code)
     """
-    return _taken_out(output, _connect(output, model).execute(query, [sorted(codes)]))
+    connection = _connect(output, model, "frame_scores", "failures")
+    return _taken_out(output, connection.execute(query, [sorted(codes)]))
 
 
 def reopen_lost(output: Output, model: str) -> int:
@@ -100,7 +101,8 @@ def reopen_lost(output: Output, model: str) -> int:
         SELECT unit_id FROM plan SEMI JOIN done USING (unit_id)
         ANTI JOIN frame_scores USING (unit_id) ANTI JOIN failures USING (unit_id)
     """
-    return _taken_out(output, _connect(output, model).execute(query))
+    connection = _connect(output, model, "frame_scores", "failures")
+    return _taken_out(output, connection.execute(query))
 
 
 def _taken_out(output: Output, found: "duckdb.DuckDBPyConnection") -> int:
@@ -135,16 +137,25 @@ def _write(path: str) -> str:
     return name.rsplit("-", 1)[0]
 
 
-def _connect(output: Output, model: str) -> "duckdb.DuckDBPyConnection":
-    """Sees `plan` (of the model), `done`, and the complete files of `frame_scores`, `failures`."""
+_COLUMNS = {
+    "frame_scores": ["unit_id"],
+    "failures": ["unit_id", "attempt", "stage", "code", "finished_at"],
+}
+
+
+def _connect(output: Output, model: str, *outcomes: str) -> "duckdb.DuckDBPyConnection":
+    """Sees `plan` (of the model), `done`, and the complete files of tables of outcomes.
+
+    Those can be read once.
+    """
     committed = _committed(output)
-    writes = {_write(path) for path in committed}
     connection = database()
     plans = [output.inside(*plan.table_path(model))]
     connection.register("plan", output.dataset(plans, schemas.PLAN))
     connection.register("done", output.dataset(committed, _SCHEMA))
-    for name in ("frame_scores", "failures"):
+    writes = {_write(path) for path in committed} if outcomes else set()
+    for name in outcomes:
         files = output.parquet_files(name)
         whole = [path for path in files if plan.is_failures(path) or _write(path) in writes]
-        connection.register(name, output.dataset(whole, schemas.OUTCOME))
+        connection.register(name, output.scan(whole, schemas.OUTCOME, _COLUMNS[name]))
     return connection

@@ -83,8 +83,9 @@ class _Lease:
             raise OutputError(f"{self.output.url}: another run started at the same moment.")
 
     def _at_work(self, other: dict[str, Any]) -> bool:
-        if other.get("machine") == self.fields["machine"]:
-            return _process_start(int(other["pid"])) == other.get("process_start")
+        start = other.get("process_start")  # None where there is no /proc
+        if start is not None and other.get("machine") == self.fields["machine"]:
+            return _process_start(int(other["pid"])) == str(start)
         deadline = time.monotonic() + _PATIENCE * PERIOD_S
         while time.monotonic() < deadline:
             time.sleep(PERIOD_S / 5)

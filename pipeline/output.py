@@ -5,6 +5,7 @@ import fnmatch
 import itertools
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,10 @@ def database() -> "duckdb.DuckDBPyConnection":
     """DuckDB in memory; what needs more than 1 GB goes to files in the temporary folder."""
     import duckdb  # workers write outputs too, and ask no database
 
-    return duckdb.connect(config={"memory_limit": "1GB", "temp_directory": tempfile.gettempdir()})
+    # A folder of its own, made when it is needed and removed with the connection: names of files
+    # in it are the same in all processes.
+    folder = Path(tempfile.gettempdir()) / f"topiq-{uuid.uuid4().hex}"
+    return duckdb.connect(config={"memory_limit": "1GB", "temp_directory": str(folder)})
 
 
 class Output:
@@ -117,7 +121,13 @@ class Output:
             yield
         except (TopiqError, MemoryError):
             raise
-        except Exception:
+        except Exception as error:
+            if _lacks_room(error):
+                raise OutputError(
+                    f"a table to be sorted found too little room in {tempfile.gettempdir()} "
+                    f"({str(error).splitlines()[0]}). Free some there, or name a folder with more "
+                    "in TMPDIR; the same command goes on from here."
+                ) from error
             for path in itertools.chain(*map(self.parquet_files, folders or _TABLES)):
                 self._require_whole(path)
             raise
@@ -198,6 +208,14 @@ class _ObjectStore(pafs.FSSpecHandler):  # type: ignore[misc]
 
     def create_dir(self, path: str, recursive: bool) -> None:
         """Nothing: a name needs no folder."""
+
+
+def _lacks_room(error: Exception) -> bool:
+    """Whether DuckDB found no room for what does not fit in its memory."""
+    import duckdb
+
+    full = isinstance(error, duckdb.IOException) and "space" in str(error)
+    return full or isinstance(error, duckdb.OutOfMemoryException)
 
 
 def _flush(path: Path) -> None:

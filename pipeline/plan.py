@@ -33,7 +33,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from pipeline import cluster, pairs, schemas, storage
 from pipeline.catalog import Catalog, digest, from_bytes
 from pipeline.config import Config
-from pipeline.errors import CatalogError, InternalError, MediaError, TooLarge, Unpaired
+from pipeline.errors import CatalogError, InternalError, MediaError, NotFound, TooLarge, Unpaired
 from pipeline.media import guard, probe
 from pipeline.media.align import Track
 from pipeline.media.sample import Samples, SampleSpec, plan_samples, slice_units
@@ -394,6 +394,8 @@ class _Planner:
                 return [_mark(common, _SKIPPED)]
             return persistently(lambda: self._planned(common, address, stat), self.config.attempts)
         except MediaError as error:
+            if isinstance(error, NotFound) and not explicit:  # as of an upload that is done by now
+                return [_mark(common, _SKIPPED)]
             return [self._failed(common, error)]
         except Exception as error:
             wrapped = InternalError(f"{uri}: {type(error).__name__}: {error}")

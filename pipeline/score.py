@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from pipeline.errors import (
     RunError,
     TooSmall,
 )
+from pipeline.lookup import Lookup
 from pipeline.media import guard
 from pipeline.media.guard import Frames
 from pipeline.monitor import Pulse
@@ -77,7 +78,7 @@ def run(
     graph: Graph,
     plan_path: str,
     n_units: int,
-    addresses: dict[str, str],
+    addresses: Mapping[str, str],
     output: Output,
     config: Config,
     weights: Sequence[Weights],
@@ -118,8 +119,8 @@ def run(
                 fn_args=(
                     config,
                     run_id,
-                    addresses,
-                    commits.earlier_attempts(output, weights[0].card.name),
+                    Lookup(addresses),
+                    Lookup(commits.earlier_attempts(output, weights[0].card.name)),
                     monitor,
                 ),
                 batch_size=None,
@@ -193,8 +194,8 @@ def decode_units(
     units: pa.Table,
     config: Config,
     run_id: str,
-    addresses: dict[str, str],
-    earlier: dict[str, int],
+    addresses: Lookup,
+    earlier: Lookup,
     monitor: Any,
 ) -> Iterator[pa.Table]:
     """One row of frames, or of failure, for each planned unit.

@@ -26,6 +26,7 @@ from pipeline import catalog, schemas, score
 from pipeline.config import Config
 from pipeline.errors import DecodeError, MediaError
 from pipeline.fidelity import MEASURES, fidelity
+from pipeline.lookup import Lookup
 from pipeline.media import guard
 from pipeline.media.guard import Frames
 from pipeline.media.planes import planes_of_rgb
@@ -62,8 +63,8 @@ def decode_ladders(
     ladders: pa.Table,
     config: Config,
     run_id: str,
-    addresses: dict[str, str],
-    earlier: dict[str, int],
+    addresses: Lookup,
+    earlier: Lookup,
     monitor: Any,
 ) -> Iterator[pa.Table]:
     """One row for each ladder: outcomes of its units, and all their frames.

@@ -71,6 +71,17 @@ def test_a_killed_owner_on_this_machine_does_not_block(output):
         assert on_disk(output)["run_id"] == "next"
 
 
+def test_where_processes_cannot_be_looked_up_a_lease_that_nobody_renews_does_not_block(
+    output, monkeypatch
+):
+    monkeypatch.setattr(lease, "_process_start", lambda _: None)
+    with lease.held(output, "killed"):
+        left = on_disk(output)
+    output.write_text(json.dumps(left), lease.FILE)
+    with lease.held(output, "next"):
+        assert on_disk(output)["run_id"] == "next"
+
+
 def test_a_lease_elsewhere_that_is_renewed_is_respected(output):
     foreign(output)
     stopped = threading.Event()

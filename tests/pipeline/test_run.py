@@ -451,6 +451,18 @@ def test_what_a_model_would_enlarge_over_the_limit_is_too_large(tmp_path):
     assert planner(table, schemas.PLAN, None)["scored_pixels"].to_pylist() == [4000 * 16]
 
 
+def test_what_is_gone_before_it_is_looked_at_leaves_a_row_only_if_its_name_says_media(tmp_path):
+    for name in ("a.mp4", "b.mp4.part"):
+        (tmp_path / name).touch()
+    table = catalog.read(str(tmp_path)).table
+    for name in schemas.STATS:
+        table = table.append_column(f"known_{name}", pa.nulls(2))
+    shutil.rmtree(tmp_path)
+    planned = plan._Planner(Config(), MODEL, "", False)(table, schemas.PLAN, None)
+    found = planned.select(["code", "unit_index"]).to_pylist()
+    assert [tuple(row.values()) for row in found] == [("not_found", 0), (None, plan._SKIPPED)]
+
+
 def a_scorer(gpus):
     shares = cluster.Shares(1, 1.0, 1, 1.0, gpus, 1, 0.25, 2)
     return score.ScoreUnits(Config(), [weights.resolve(MODEL)], shares, None)

@@ -1,5 +1,6 @@
 import contextlib
 import http.server
+import os
 import resource
 import sys
 import threading
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+import web
 
 from pipeline import catalog, storage
 from pipeline.errors import (
@@ -22,7 +24,7 @@ from pipeline.errors import (
 from pipeline.media.decode import Limits, decode_at
 from pipeline.media.probe import probe
 from pipeline.media.sample import SampleSpec
-from pipeline.output import Output
+from pipeline.output import Output, database
 from pipeline.storage import redacted
 
 
@@ -42,6 +44,24 @@ def test_a_table_replaces_the_old_one_whole_or_not_at_all(tmp_path):
         write_and_break()
     assert pq.read_table(tmp_path / "out/scores/m.parquet")["n"].to_pylist() == [1, 2]
     assert [p.name for p in (tmp_path / "out/scores").iterdir()] == ["m.parquet"]
+
+
+def test_a_full_temporary_folder_is_an_error_that_names_it(tmp_path):
+    output = Output(str(tmp_path / "out"))
+    query = "SELECT md5(i::VARCHAR) AS m FROM range(2000000) t(i) ORDER BY m"
+    with database() as connection:
+        connection.execute("SET memory_limit='30MB'; SET max_temp_directory_size='5MB'")
+        with pytest.raises(OutputError, match=r"too little room.*TMPDIR"), output.reading():
+            connection.execute(query).fetchall()
+
+
+def test_a_web_server_without_etags_tells_changes_by_the_time(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"12")
+    with web.serving(tmp_path) as base:
+        for changed in (1e9, 1.1e9):
+            os.utime(path, (changed, changed))
+            assert storage.stat(f"{base}/a.mp4") == storage.Stat(2, changed, None)
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path):
