@@ -34,6 +34,8 @@ SCHEMA = pa.schema(
 
 # Cubic and finer interpolations of rate over quality need four points (VCEG-M33).
 _LEAST_POINTS = 4
+# Of the scores that either codec has: a rate over less says little about the rest.
+_LEAST_OVERLAP = 0.25
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def _bd_rate(base: list[Rendition], other: list[Rendition]) -> float | None:
     sides = [([r.bit_rate for r in side], [r.score for r in side]) for side in (base, other)]
     (rates, scores), (other_rates, other_scores) = sides
     overlap = min(max(scores), max(other_scores)) - max(min(scores), min(other_scores))
-    if overlap <= 0:
+    union = max(*scores, *other_scores) - min(*scores, *other_scores)
+    if overlap < _LEAST_OVERLAP * union or not overlap:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of a small overlap

@@ -120,7 +120,7 @@ def signature(config: Config, fingerprint: str) -> bytes:
         "unit_bytes": config.unit_bytes,
         "limits": [config.max_pixels, config.max_duration_s, config.max_file_bytes],
         "av": importlib.metadata.version("av"),
-        "columns": 2,  # counts up when plans get others
+        "columns": 3,  # counts up when plans get others, or others are in them
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest().encode()
 

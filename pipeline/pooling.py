@@ -125,18 +125,23 @@ def _mean(frames: Frames) -> float:
 def worst_window(frames: Frames, length_s: float) -> tuple[float, float, int]:
     """The window of `length_s` seconds with the lowest mean score.
 
-    Windows begin at a frame and hold every frame less than `length_s` later; those reaching past
-    the last frame are looked at only when the item is shorter than the window. The end may be off
-    by half the last frame's weight: samples are of the frames next to their times. Returns the mean
-    (time-weighted), the time of the first frame in seconds, and the number of frames.
+    Windows begin at a frame and hold every frame less than `length_s` later, the last of them for
+    what is left of the window; those reaching past the last frame are looked at only when the item
+    is shorter than the window. The end may be off by half of what a frame weighs: samples are of
+    the frames next to their times. Returns the mean (time-weighted), the time of the first frame in
+    seconds, and the number of frames.
     """
-    times = frames.times
-    ends = np.searchsorted(times, times + length_s - 1e-9, side="left")
-    last_start = max(times[0], times[-1] + 1.5 * frames.weights[-1] - length_s)
+    times, scores, weights = frames.times, frames.scores, frames.weights
+    slack = 0.5 * min(weights[-1], float(np.median(weights)))
+    last_start = max(times[0], times[-1] + weights[-1] + slack - length_s)
     starts = np.flatnonzero(times <= last_start + 1e-9)
-    total = np.concatenate(([0.0], np.cumsum(frames.scores * frames.weights)))
-    weight = np.concatenate(([0.0], np.cumsum(frames.weights)))
-    means = (total[ends[starts]] - total[starts]) / (weight[ends[starts]] - weight[starts])
+    lasts = np.searchsorted(times, times[starts] + length_s - 1e-9, side="left") - 1
+    total = np.concatenate(([0.0], np.cumsum(scores * weights)))
+    weight = np.concatenate(([0.0], np.cumsum(weights)))
+    left = np.minimum(weights[lasts], times[starts] + length_s - times[lasts])
+    means = (total[lasts] - total[starts] + scores[lasts] * left) / (
+        weight[lasts] - weight[starts] + left
+    )
     best = int(np.argmin(means))
     begin = int(starts[best])
-    return float(means[best]), float(times[begin]), int(ends[begin] - begin)
+    return float(means[best]), float(times[begin]), int(lasts[best] + 1 - begin)

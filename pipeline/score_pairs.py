@@ -149,6 +149,8 @@ class _Ladder:
         problems = [p for p in (ours.problem, reference.frames.problem) if p]
         if missing and not problems:
             problems = [f"{missing} frames have no partner that could be decoded"]
+        if problems and config.on_partial == "fail":
+            raise DecodeError(f"{unit['uri']}: only a part can be compared ({problems[0]}).")
         row |= {
             "partial": bool(problems),
             "message": "; ".join(problems) or None,

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 
-from pipeline.errors import DecodeMemory, InternalError, MediaError
+from pipeline.errors import DecodeMemory, InternalError, MediaError, TooLarge
 from pipeline.media import decode, image, probe, wire
 from pipeline.media.colour import RGB, Background, Policy
 from pipeline.media.planes import Planes, upright_planes
@@ -98,6 +98,12 @@ def _decode_video(
         stored.append(found or _NO_PLANES)
 
     def take(rgb: RGB) -> None:
+        width, height = size or (rgb.shape[1], rgb.shape[0])
+        if frames.sizes and frames.bytes + 3 * width * height > max_bytes:
+            raise TooLarge(
+                f"{url}: frames brought to {width}x{height} are over the {max_bytes} bytes that "
+                "are allowed in one unit. Lower unit_frames or raise unit_bytes."
+            )
         frames.write(rgb, size)
         if stored:
             frames.write_planes(stored.pop())
@@ -150,6 +156,7 @@ class _FrameFile:
     """Frames end to end in a file that lives in memory and has no name."""
 
     def __init__(self) -> None:
+        self.bytes = 0
         self.sizes: list[tuple[int, int]] = []
         self.planes: list[dict[str, Any]] = []
         self.unscaled: str | None = None
@@ -169,6 +176,7 @@ class _FrameFile:
         """A frame, brought to `size` (width, height)."""
         self.unscaled = self.unscaled or f"{rgb.shape[1]}x{rgb.shape[0]}"
         rgb = scaled(rgb, *size) if size else rgb
+        self.bytes += rgb.nbytes
         self._append(rgb)
         self.sizes.append((rgb.shape[0], rgb.shape[1]))
 

@@ -135,6 +135,8 @@ _MAGIC = (
 
 def looks_like_media(head: bytes) -> bool:
     """Whether the first bytes are those of an audio or video container."""
+    if head.startswith(b"\x00\x00\x01\x00"):  # icons; no MPEG stream begins with a picture
+        return False
     if any(head[offset : offset + len(magic)] == magic for offset, magic in _MAGIC):
         return True
     return any(

@@ -120,7 +120,7 @@ def _probe_video(url: str, spec: SampleSpec, max_pixels: int, policy: Policy) ->
             coded_height=height,
             fps=_plausible(float(rate) if rate else None, container, timeline),
             duration_s=timeline.duration_s,
-            bit_rate=stream.bit_rate or container.bit_rate or None,
+            bit_rate=_bit_rate(container, stream, timeline),
             pix_fmt=codec.pix_fmt,
             sample_aspect_ratio=str(aspect) if aspect and aspect != 1 else None,
             crop=_between_bars(url, timeline, max_pixels, policy),
@@ -158,6 +158,13 @@ def _plausible(fps: float | None, container: InputContainer, timeline: Timeline)
     return None if container.format.name == "flv" else fps
 
 
+def _bit_rate(container: InputContainer, stream: VideoStream, timeline: Timeline) -> int | None:
+    """Of the video; where its packets were not read, what headers say, of the file if need be."""
+    if timeline.coded_bytes and timeline.duration_s > 0:
+        return round(8 * timeline.coded_bytes / timeline.duration_s)
+    return stream.bit_rate or container.bit_rate or None
+
+
 def _timeline(
     url: str, container: InputContainer, stream: VideoStream, spec: SampleSpec
 ) -> Timeline:
@@ -172,12 +179,30 @@ def _timeline(
         duration = indexed - start + frame_interval(stream)
     if duration and not spec.needs_frame_times:
         return Timeline(start, duration)
-    times, keys, end = _scan(url, container, stream, tick)
+    times, keys, end, coded_bytes = _scan(url, container, stream, tick)
     if not times:
         raise NoFrames(f"{url}: a video track without frames (an initialisation segment?).")
     if not duration or times[0] + duration < times[-1]:
         duration = end - times[0]
-    return Timeline(times[0], duration, tuple(times), tuple(keys))
+    if lost := _beyond(stream, times[-1], tick):
+        # Cut off: what is missing is planned for, and so is found to be missing when it is decoded.
+        times += [time for time, _ in lost]
+        keys += [time for time, is_keyframe in lost if is_keyframe]
+        coded_bytes = 0
+    return Timeline(times[0], duration, tuple(times), tuple(keys), coded_bytes or None)
+
+
+def _beyond(stream: VideoStream, last: float, tick: float) -> list[tuple[float, bool]]:
+    """Frames that an index puts after the last one that is there, and which are keyframes.
+
+    By their times of decoding, a few frames early; so some frames after the last are left out.
+    """
+    entries = (e for e in stream.index_entries if not e.is_discard)
+    found = sorted((e.timestamp * tick, bool(e.is_keyframe)) for e in entries)
+    return [entry for entry in found if entry[0] > last + _TAIL_FRAMES * frame_interval(stream)]
+
+
+_TAIL_FRAMES = 2
 
 
 def _length_by_seeking(
@@ -220,18 +245,19 @@ def _declared_duration(container: InputContainer, stream: VideoStream, tick: flo
 
 def _scan(
     url: str, container: InputContainer, stream: VideoStream, tick: float
-) -> tuple[list[float], list[float], float]:
-    """Presentation times of all frames and of the keyframes, and the end, from the packets."""
+) -> tuple[list[float], list[float], float, int]:
+    """Presentation times of all frames and of the keyframes, the end, and bytes: of all packets."""
     times: set[float] = set()
     keys: set[float] = set()
     unstamped_keys: list[int] = []
-    end, count, missing, trailing = 0.0, 0, 0, 0
+    end, count, missing, trailing, coded_bytes = 0.0, 0, 0, 0, 0
     clock = Clock(container, stream)
     read_ahead(container, math.inf)
     try:
         for packet in demuxed(container, stream):
             if packet.is_discard or packet.size == 0:
                 continue
+            coded_bytes += packet.size
             shown = clock.time_of(packet)
             if shown is None:
                 missing, trailing = missing + 1, trailing + 1
@@ -253,4 +279,4 @@ def _scan(
         keys.update(every[number] for number in unstamped_keys)
     if missing:
         end = max(end, every[-1] + interval)
-    return every, sorted(keys), end or len(every) * interval
+    return every, sorted(keys), end or len(every) * interval, coded_bytes

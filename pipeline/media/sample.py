@@ -60,6 +60,8 @@ class Timeline:
     duration_s: float
     frame_times: tuple[float, ...] = ()
     keyframe_times: tuple[float, ...] = ()
+    coded_bytes: int | None = None
+    """Of all frames, where their packets were read."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,26 @@ def plan_samples(spec: SampleSpec, timeline: Timeline) -> Samples:
     else:
         stride = int(spec.value) if spec.mode == "every" else 1
         times = timeline.frame_times[::stride]
-    return Samples(times, spacing_weights(times, start + duration))
+    known = timeline.frame_times
+    frame_s = (known[-1] - known[0]) / (len(known) - 1) if len(known) > 1 else 0.0
+    return Samples(times, spacing_weights(times, start + duration, frame_s))
 
 
-def spacing_weights(times: tuple[float, ...], end_s: float) -> tuple[float, ...]:
-    """Seconds from each time to the next, the last one to `end_s`; equal when nearly so."""
+def spacing_weights(
+    times: tuple[float, ...], end_s: float, frame_s: float = 0.0
+) -> tuple[float, ...]:
+    """Seconds from each time to the next, the last one to `end_s`; equal when nearly so.
+
+    frame_s: how long a frame is on screen. By so much an end may be off that is told by a header.
+    """
     if len(times) < 2:
         return (max(end_s - times[0], _ROUNDING_S),) if times else ()
     gaps = [b - a for a, b in itertools.pairwise(times)]
     mean = sum(gaps) / len(gaps)
-    if max(gaps) - min(gaps) <= max(_ROUNDING_S, 0.01 * mean):
-        return (mean,) * len(times)
     last = end_s - times[-1]
+    if max(gaps) - min(gaps) <= max(_ROUNDING_S, 0.01 * mean):
+        cut_short = _LEAST_S < last < mean - frame_s - _ROUNDING_S
+        return (*(mean,) * len(gaps), last if cut_short else mean)
     return (*(max(g, _LEAST_S) for g in gaps), last if last > _LEAST_S else mean)
 
 

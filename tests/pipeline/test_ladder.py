@@ -54,8 +54,9 @@ def test_a_bd_rate_that_cannot_be_told_is_none():
     few += [rendition(r, r / 1000, "hevc") for r in (100, 200, 300)]
     assert ladder.bd_rates(Ladder("ref", few), "h264") == {"hevc": None}
     apart = [rendition(r, 0.1 + r / 10_000) for r in (100, 200, 300, 400)]
-    apart += [rendition(r, 0.5 + r / 10_000, "hevc") for r in (100, 200, 300, 400)]
-    assert ladder.bd_rates(Ladder("ref", apart), "h264") == {"hevc": None}
+    for least in (0.4, 0.029):  # no overlap, and next to none
+        other = [rendition(r, least + 0.1 + r / 10_000, "hevc") for r in (100, 200, 300, 400)]
+        assert ladder.bd_rates(Ladder("ref", [*apart, *other]), "h264") == {"hevc": None}
 
 
 def test_an_anchor_that_no_ladder_has_is_an_error_with_those_that_there_are():

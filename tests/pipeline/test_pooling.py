@@ -86,12 +86,22 @@ def test_an_item_shorter_than_the_window_is_one_window():
     assert (score, start, count) == (pytest.approx(0.5), 0.0, 2)
 
 
+def test_what_outlasts_a_window_counts_for_what_is_left_of_it():
+    """Three seconds of a screen recording, and then a minute of one picture."""
+    found = Frames(np.arange(4.0), np.array([1, 1, 1, 60.0]), np.array([0.1, 0.1, 0.1, 0.9]))
+    assert worst_window(found, 5.0) == (pytest.approx((3 * 0.1 + 2 * 0.9) / 5), 0.0, 4)
+    short = Frames(np.arange(4.0), np.array([1, 1, 1, 3.0]), np.array([0.9, 0.9, 0.9, 0.1]))
+    assert worst_window(short, 5.0) == (pytest.approx((2 * 0.9 + 3 * 0.1) / 5), 1.0, 3)
+
+
 @given(values=scores, gap=st.floats(0.01, 3))
 def test_the_worst_window_is_never_better_than_the_mean_of_all_windows(values, gap):
     found = frames(values, gap=gap)
     score, start, count = worst_window(found, 1.0)
     begin = int(np.flatnonzero(found.times == start)[0])
-    assert score == pytest.approx(np.mean(values[begin : begin + count]))
+    inside = slice(begin, begin + count)
+    seconds = np.minimum(found.weights, start + 1.0 - found.times)[inside]
+    assert score == pytest.approx(np.average(values[inside], weights=seconds))
     assert min(values) - 1e-12 <= score <= max(values) + 1e-12
 
 

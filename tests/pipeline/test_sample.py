@@ -59,6 +59,16 @@ def test_rounded_time_bases_do_not_make_a_constant_rate_variable():
     assert len(set(spacing_weights(milliseconds, 100 / 30))) == 1
 
 
+def test_the_last_of_even_samples_counts_to_the_end_and_no_further():
+    times = tuple(i / 25 for i in range(100))
+    ends = Timeline(0.0, 4.0, times, times[::75])
+    found = plan_samples(SampleSpec("every", 30), ends).weights
+    assert found == pytest.approx((1.2, 1.2, 1.2, 0.4))
+    assert plan_samples(SampleSpec("keyframes"), ends).weights == pytest.approx((3.0, 1.0))
+    early = Timeline(0.0, 3.985, times, times[:1])  # as some headers say
+    assert len(set(plan_samples(SampleSpec("all"), early).weights)) == 1
+
+
 def test_a_long_frame_counts_for_as_long_as_it_is_on_screen():
     assert spacing_weights((0.0, 0.1, 2.0), 2.5) == pytest.approx((0.1, 1.9, 0.5))
 

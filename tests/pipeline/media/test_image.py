@@ -354,3 +354,8 @@ def test_a_video_with_a_picture_among_its_compatible_brands_stays_a_video(tmp_pa
     path.write_bytes(data.replace(b"iso2", b"mif1", 1))
     assert data[:32].count(b"iso2") == 1
     assert probe(str(path), SampleSpec("all"), PIXELS).facts.kind == "video"
+
+
+def test_icons_are_no_media_and_mpeg_streams_are():
+    assert kind_of(b"\x00\x00\x01\x00\x02\x00" + bytes(64)) is None
+    assert kind_of(b"\x00\x00\x01\xba" + bytes(64)) == "video"
