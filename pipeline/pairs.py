@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.errors import Misaligned, Unpaired
 from pipeline.media import align
 from pipeline.media.align import Estimate, Floats, Indexes, Track
-from pipeline.media.letterbox import Box
+from pipeline.media.letterbox import LEAST_BAR, Box
 from pipeline.media.probe import Facts, Probe
 from pipeline.media.sample import Samples, SampleSpec, Timeline, plan_samples
 
@@ -58,16 +58,24 @@ def common_crop(distorted: Facts, reference: Facts) -> str | None:
     """The distorted video's crop: its reference's, where its own is the same but for rounding.
 
     Bars of small renditions are blurred and fall between pixels: cut by its own, a picture would
-    be compared with its reference up to two lines of theirs away.
+    be compared with its reference up to two lines of theirs away. Bars of few lines are not seen at
+    all there: a rendition of the reference's shape is cut where they must be.
     """
-    if distorted.crop is None or reference.crop is None:
+    if reference.crop is None:
         return distorted.crop
-    across = distorted.coded_width / reference.coded_width
-    down = distorted.coded_height / reference.coded_height
-    own, theirs = Box.parse(distorted.crop), Box.parse(reference.crop)
+    width, height = distorted.coded_width, distorted.coded_height
+    across, down = width / reference.coded_width, height / reference.coded_height
+    theirs = Box.parse(reference.crop)
     left, right = round(theirs.left * across), round(theirs.right * across)
     top, bottom = round(theirs.top * down), round(theirs.bottom * down)
     same = Box(left, top, right, bottom)
+    if distorted.crop is None:
+        unseen = max(left, width - right, top, height - bottom) <= LEAST_BAR
+        full = reference.coded_width / reference.coded_height
+        cut = (theirs.right - theirs.left) / (theirs.bottom - theirs.top)
+        shape = width / height  # nearer to which: sizes are rounded
+        return str(same) if unseen and abs(shape - full) < abs(shape - cut) else None
+    own = Box.parse(distorted.crop)
     sides = zip(astuple(own), astuple(same), strict=True)
     near = all(abs(a - b) <= _SAME_CUT for a, b in sides)
     return str(same) if near else distorted.crop

@@ -20,7 +20,7 @@ _BLACK = 9.5
 # Bars are made in pairs; a dark floor or sky has none opposite. As a share of the size.
 _UNEVEN = 0.02
 # A border this narrow is how codecs and scalers end a picture, not a bar.
-_LEAST_BAR = 4
+LEAST_BAR = 4
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def picture(shape: tuple[int, int], boxes: Iterable[Box | None]) -> Box | None:
 def _pair(begin: int, end: int, size: int) -> tuple[int, int]:
     """The two bars of one axis, or none."""
     before, after = begin, size - end
-    if min(before, after) < _LEAST_BAR or abs(before - after) > max(2, _UNEVEN * size):
+    if min(before, after) < LEAST_BAR or abs(before - after) > max(2, _UNEVEN * size):
         return 0, size
     return begin, end

@@ -114,3 +114,15 @@ def facts(width, height, crop):
 def test_a_small_rendition_is_cut_where_its_reference_is(own, expected):
     reference = facts(960, 540, "960:398:0:71")
     assert pairs.common_crop(facts(320, 180, own), reference) == expected
+
+
+def test_bars_that_are_too_thin_to_be_seen_in_a_rendition_are_cut_off_all_the_same():
+    """1.85:1 in 16:9: 21 lines of 1080, and three and a half of 180."""
+    reference = facts(1920, 1080, "1920:1038:0:21")
+    assert pairs.common_crop(facts(320, 180, None), reference) == "320:172:0:4"
+    assert pairs.common_crop(facts(640, 360, None), reference) is None  # they would be seen
+    for width, height in ((320, 172), (1920, 1038)):  # cut off already
+        assert pairs.common_crop(facts(width, height, None), reference) is None
+    thin = facts(1920, 1080, "1920:1072:0:4")
+    assert pairs.common_crop(facts(1920, 1072, None), thin) is None
+    assert pairs.common_crop(facts(1920, 1080, None), thin) == "1920:1072:0:4"
