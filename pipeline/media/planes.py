@@ -53,23 +53,16 @@ def upright_planes(frame: "VideoFrame", form: str | None) -> tuple[Planes | None
     and of pictures that lie on their side and whose chroma is halved in one direction only.
     """
     rotation, mirrored = colour.orientation(frame)
-    own = "full" if colour.is_full_range(frame) else "limited"
     lies = rotation % 180 != 0
-    if form is not None:
-        shape, pix_fmt, wanted = form.split()
-        size = [int(side) for side in shape.split("x")]
-        width, height = reversed(size) if lies else size
-        frame = frame.reformat(
-            width,
-            height,
-            pix_fmt,
-            interpolation="BICUBIC",
-            src_color_range=_RANGES[own],
-            dst_color_range=_RANGES[wanted],
-        )
-        own = wanted
-    width, height = (frame.height, frame.width) if lies else (frame.width, frame.height)
-    its_form = f"{width}x{height} {frame.format.name} {own}"
+    if form is None:
+        own = "full" if colour.is_full_range(frame) else "limited"
+        width, height = (frame.height, frame.width) if lies else (frame.width, frame.height)
+        its_form = f"{width}x{height} {frame.format.name} {own}"
+    else:
+        brought = _brought_to(form, frame, lies)
+        if brought is None:
+            return None, form
+        frame, its_form = brought, form
     try:
         found = planes_of(frame)
     except ValueError:
@@ -82,6 +75,33 @@ def upright_planes(frame: "VideoFrame", form: str | None) -> tuple[Planes | None
 
     u, v = (None if plane is None else turned(plane) for plane in (found.u, found.v))
     return Planes(turned(found.y), u, v, found.bits), its_form
+
+
+def _brought_to(form: str, frame: "VideoFrame", lies: bool) -> "VideoFrame | None":
+    """A frame in another's form; None where swscale cannot do that, as with palettes."""
+    shape, pix_fmt, wanted = form.split()
+    size = [int(side) for side in shape.split("x")]
+    width, height = reversed(size) if lies else size
+    own = "full" if colour.is_full_range(frame) else "limited"
+    grays = frame.format.name.startswith("gray"), pix_fmt.startswith("gray")
+    if grays in ((True, False), (False, True)):
+        # Gray is full-range to swscale, whatever it is told: codes of one range are kept as they
+        # are, and of two ranges it can make gray only what is full, and of gray only that.
+        if own == wanted:
+            own = wanted = "full"
+        elif (own if grays[0] else wanted) == "limited":
+            return None
+    try:
+        return frame.reformat(
+            width,
+            height,
+            pix_fmt,
+            interpolation="BICUBIC",
+            src_color_range=_RANGES[own],
+            dst_color_range=_RANGES[wanted],
+        )
+    except (ValueError, OSError):
+        return None
 
 
 def _is_oblong(luma: Plane, chroma: Plane) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import piq
 import pytest
 import torch
+from av.video.reformatter import ColorRange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import correlate1d
@@ -250,6 +251,26 @@ def test_a_rendition_in_another_range_is_brought_to_that_of_its_reference(tmp_pa
         assert form.endswith(reference)
         ours, _ = first_planes(clips[distorted], form)
         assert fidelity(ours, theirs, ["psnr"])["psnr_y"] > 40
+
+
+@pytest.mark.parametrize("pix_fmt", ["gray", "yuv420p"])
+def test_gray_and_yuv_of_one_range_are_compared_code_by_code(pix_fmt):
+    """swscale takes gray for full-range, whatever it is told."""
+    codes = np.tile(np.arange(16, 236, dtype=np.uint8), (64, 1))
+    chroma = np.full((32, 220), 128, np.uint8)
+    array = codes if pix_fmt == "gray" else np.concatenate([codes, chroma])
+    frame = av.VideoFrame.from_ndarray(array, format=pix_fmt)
+    frame.color_range = ColorRange.MPEG
+    other = "yuv420p" if pix_fmt == "gray" else "gray"
+    found, form = upright_planes(frame, f"220x64 {other} limited")
+    assert form == f"220x64 {other} limited"
+    assert np.array_equal(found.y, codes)
+    wider, _ = upright_planes(frame, f"220x64 {other} full")
+    if pix_fmt == "gray":
+        assert wider is None  # swscale cannot
+    else:
+        assert (wider.y.min(), wider.y.max()) == (0, 255)
+    assert upright_planes(frame, "220x64 pal8 full")[0] is None
 
 
 def test_chroma_that_is_halved_one_way_does_not_go_on_its_side(tmp_path):
