@@ -25,6 +25,7 @@ from pipeline.errors import (
     DecodeMemory,
     DecodeTimeout,
     MediaError,
+    TooLarge,
     UnsupportedColour,
 )
 from pipeline.media import image
@@ -257,3 +258,13 @@ def test_no_torch_in_the_child(guard, clips):
     loaded = {Path(m.path).name for m in child_of(guard).memory_maps()}
     assert any(name.startswith("libavcodec") for name in loaded)
     assert not any("torch" in name for name in loaded)
+
+
+def test_frames_are_not_enlarged_beyond_the_bytes_of_a_unit(guard, clips):
+    """As by a stream whose first frame is a large one, to whose size the others are brought."""
+    times, size = [0.2, 0.6, 1.0], (640, 360)
+    given = str(clips["h264.mp4"]), times, [1.0] * 3, PIXELS
+    allowed = 3 * size[0] * size[1] * len(times)
+    assert guard.decode_video(*given, allowed, LONG_S, size=size).widths == [640] * 3
+    with pytest.raises(TooLarge, match=r"h264\.mp4: .*640x360.*unit_frames"):
+        guard.decode_video(*given, allowed - 1, LONG_S, size=size)
