@@ -132,7 +132,8 @@ def worst_window(frames: Frames, length_s: float) -> tuple[float, float, int]:
     seconds, and the number of frames.
     """
     times, scores, weights = frames.times, frames.scores, frames.weights
-    slack = 0.5 * min(weights[-1], float(np.median(weights)))
+    usual = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else weights[-1]
+    slack = 0.5 * min(weights[-1], usual)
     last_start = max(times[0], times[-1] + weights[-1] + slack - length_s)
     starts = np.flatnonzero(times <= last_start + 1e-9)
     lasts = np.searchsorted(times, times[starts] + length_s - 1e-9, side="left") - 1
