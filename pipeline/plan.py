@@ -47,7 +47,7 @@ from topiq_core.weights import Weights
 T = TypeVar("T")
 
 # Counts up when decoding, colour, sampling or arithmetic changes what a score is of.
-SCORING_VERSION = 6
+SCORING_VERSION = 7
 _ROWS_PER_GROUP = 8192
 # Renditions of one reference frame that are decoded, and held, together.
 MOST_RENDITIONS = 8
@@ -120,7 +120,7 @@ def signature(config: Config, fingerprint: str) -> bytes:
         "unit_bytes": config.unit_bytes,
         "limits": [config.max_pixels, config.max_duration_s, config.max_file_bytes],
         "av": importlib.metadata.version("av"),
-        "columns": 3,  # counts up when plans get others, or others are in them
+        "columns": 2,  # counts up when plans get others
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest().encode()
 
