@@ -20,9 +20,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: env  ## make a small catalog, score it, print the table
 	$(BIN)/python -m jobs.demo
 
-# Three at a time, for much of a test of Ray is waiting. Files in their order: the longest come first.
+# Two at a time, for much of a test of Ray is waiting. Files in their order: the longest come first.
 test: env lint  ## lint, types, and all tests but the slow ones
-	$(BIN)/python -m pytest -q -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: env  ## tests that take minutes each: kills on a cluster, a failing store, submitted jobs
 	$(BIN)/python -m pytest -q -m slow
