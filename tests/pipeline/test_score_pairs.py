@@ -289,15 +289,20 @@ def test_a_stream_that_changes_its_size_is_brought_to_the_first_one(model, tmp_p
     assert row["psnr_y"] == [60, 60, 60, 60]  # the cap: the same pictures on both sides
 
 
-def test_a_damaged_reference_fails_a_pair_when_that_is_asked_for(catalog, model, tmp_path):
+def test_a_damaged_reference_fails_a_pair_when_that_is_asked_for(catalog, tmp_path):
     damaged = bytearray((catalog / "ref/a.mp4").read_bytes())
-    damaged[len(damaged) // 3 : len(damaged) // 2] = bytes(len(damaged) // 2 - len(damaged) // 3)
+    begin, end = len(damaged) // 3, len(damaged) // 2
+    damaged[begin:end] = bytes(end - begin)
     (tmp_path / "damaged.mp4").write_bytes(damaged)
-    options = {"model": model, "sample": "all", "reference": str(tmp_path / "damaged.mp4")}
-    summary = score(catalog / "out/a_20.mkv", tmp_path / "out", **options)
-    assert (summary.scored, summary.partial) == (1, 1)
-    summary = score(catalog / "out/a_20.mkv", tmp_path / "strict", on_partial="fail", **options)
-    assert (summary.scored, summary.failed_by_code) == (0, {"decode_error": 1})
+    config = Config(sample="all", reference=str(tmp_path / "damaged.mp4"))
+    found = read_pairs(str(catalog / "out/a_20.mkv"), config.references).table
+    planned = plan._Planner(config, "m", "", True)(found, schemas.PLAN, None)
+    ladders = score_pairs.as_ladders(planned.select(score_pairs.LADDERS.columns))
+    for on_partial, code, partial in (("score", None, True), ("fail", "decode_error", False)):
+        strict = config.model_copy(update={"on_partial": on_partial})
+        (row,) = score_pairs.decode_ladders(ladders, strict, "run", {}, {}, None)
+        (outcome,) = row["outcomes"][0].as_py()
+        assert (outcome["code"], outcome["partial"]) == (code, partial)
 
 
 def test_a_model_that_compares_asks_for_references(catalog, model, tmp_path):
