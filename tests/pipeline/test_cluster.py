@@ -5,9 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -25,6 +28,26 @@ try:
     cluster.connect(Config(object_store_bytes=1 << 50))
 except RunError as error:
     print(ray.is_initialized(), error)
+"""
+
+
+HANGING = """
+import atexit, os, time
+import ray
+from pipeline import cluster
+from pipeline.config import Config
+
+class Actor:
+    def hang(self):
+        atexit.register(time.sleep, 600)
+        return os.getpid()
+
+cluster.connect(Config(object_store_bytes=100 << 20))
+actor = ray.remote(num_cpus=0)(Actor).remote()
+print(ray.get(actor.hang.remote()))
+del actor
+while any(found["State"] != "DEAD" for found in ray._private.state.actors().values()):
+    time.sleep(0.1)
 """
 
 
@@ -134,6 +157,14 @@ def test_scorers_on_cpus_have_their_environment_and_the_driver_keeps_its_own(ray
         name: MINE.get(name, os.environ.get(name)) for name in CPU_SCORER
     }
     assert {name: scorer[name] for name in CPU_SCORER} == CPU_SCORER
+
+
+def test_a_worker_that_hangs_as_it_exits_does_not_outlive_the_cluster():
+    pid, deadline = int(run(HANGING)), time.monotonic() + 10
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_an_object_store_larger_than_the_memory_is_refused_before_anything_starts():
