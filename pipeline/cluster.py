@@ -252,6 +252,8 @@ def _shut_down() -> None:
     """
     if not ray.is_initialized() or not hasattr(os, "pidfd_open"):
         return
+    if ray.get_runtime_context().gcs_address != _started:
+        return  # the program has joined another one since
     node = ray._private.worker._global_node
     raylets = {started.process.pid for started in node.all_processes["raylet"]}
     workers = []
