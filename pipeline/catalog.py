@@ -275,8 +275,7 @@ def _lists_flat(fs: Any) -> bool:
 
     Folder by folder, each would be a request, and a folder without a name (`a//b.mp4`) be missed.
     """
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    return "s3" in protocols
+    return "s3" in storage.schemes(fs)
 
 
 def _keys_below(fs: Any, folder: str) -> Iterator[_Entry]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import ConfigError, OutputError
-from pipeline.storage import absolute, join, locate
+from pipeline.storage import absolute, join, locate, schemes
 from topiq_core.errors import TopiqError
 
 if TYPE_CHECKING:
@@ -225,9 +225,7 @@ def _flush(path: Path) -> None:
 
 
 def _without_folders(fs: Any) -> bool:
-    protocol = fs.protocol
-    names = {protocol} if isinstance(protocol, str) else set(protocol)
-    return bool(names & {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"})
+    return bool(schemes(fs) & {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"})
 
 
 @contextlib.contextmanager

@@ -175,6 +175,11 @@ def without_query(address: str) -> str:
     return address.partition("?")[0] if _HAS_PARAMETERS.match(address) else address
 
 
+def schemes(fs: Any) -> set[str]:
+    """The schemes of a file system's addresses; many have more than one name."""
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
 def is_local(url: str) -> bool:
     """Whether a URL or path lies on this machine's own file system."""
     return isinstance(locate(url)[0], LocalFileSystem)
